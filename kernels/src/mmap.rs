@@ -1,0 +1,30 @@
+//! Read-only mapped files.
+
+use std::path::Path;
+
+use crate::tensor::{Error, Result};
+
+/// A file mapped for reading. Ranks that map the same file share its pages.
+pub struct MappedFile {
+    map: memmap2::Mmap,
+}
+
+impl MappedFile {
+    /// Maps the whole file.
+    ///
+    /// The file must not be truncated or written while it is mapped: readers would see the change or end with
+    /// SIGBUS. Checkpoints are written once and then only read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let context = || format!("mapping {}", path.display());
+        let file = std::fs::File::open(path).map_err(|source| Error::Io { context: context(), source })?;
+        // SAFETY: see above; the project never writes to model directories.
+        let map = unsafe { memmap2::Mmap::map(&file) }
+            .map_err(|source| Error::Io { context: context(), source })?;
+        Ok(Self { map })
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+}

@@ -1,0 +1,10 @@
+//! One operation, one file: shape contract, CPU code (and, with the `cuda` feature, the CUDA call).
+//!
+//! All write to an output that the caller owns, and refuse shapes that do not fit with [`crate::Error`].
+
+pub mod activation;
+pub mod attention;
+pub mod embedding;
+pub mod linear;
+pub mod norm;
+pub mod rotary;

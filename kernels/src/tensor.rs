@@ -1,0 +1,495 @@
+//! Storage and matrix views.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use candle_core::DType;
+use half::{bf16, f16};
+
+use crate::mmap::MappedFile;
+
+/// What a caller did wrong with shapes or element types, or what the system refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Shapes of the operands do not fit together.
+    #[error("{op}: {message}")]
+    Shape {
+        /// The operation that refused.
+        op: &'static str,
+        /// Which operand, its shape, and what was expected.
+        message: String,
+    },
+    /// There is no code for this element type.
+    #[error("{op}: element type {dtype:?} is not supported; supported are {supported}")]
+    DType {
+        /// The operation that refused.
+        op: &'static str,
+        /// The element type given.
+        dtype: DType,
+        /// The element types that work.
+        supported: &'static str,
+    },
+    /// A tensor-parallel peer is gone or did not answer in time.
+    #[error("{0}")]
+    Collective(String),
+    /// Reading or mapping a file.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was being done, with the path.
+        context: String,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A Rust type that is an element of a [`Tensor`].
+pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
+    /// Its candle name.
+    const DTYPE: DType;
+}
+mod sealed {
+    pub trait Sealed {}
+}
+macro_rules! element {
+    ($($t:ty => $d:ident),*) => {$(
+        impl sealed::Sealed for $t {}
+        impl Element for $t { const DTYPE: DType = DType::$d; }
+    )*};
+}
+element!(f32 => F32, f16 => F16, bf16 => BF16, u32 => U32);
+
+enum Storage {
+    /// 64-byte aligned, zeroed at first.
+    Owned {
+        ptr: *mut u8,
+        layout: std::alloc::Layout,
+    },
+    Mapped(Arc<MappedFile>),
+}
+
+// SAFETY: owned memory is reached for writing only through `&mut Tensor` that holds the only `Arc`; mapped memory is never
+// written.
+unsafe impl Send for Storage {}
+// SAFETY: as above.
+unsafe impl Sync for Storage {}
+
+impl Storage {
+    fn ptr(&self) -> *const u8 {
+        match self {
+            Storage::Owned { ptr, .. } => *ptr,
+            Storage::Mapped(map) => map.bytes().as_ptr(),
+        }
+    }
+    fn len(&self) -> usize {
+        match self {
+            Storage::Owned { layout, .. } => layout.size(),
+            Storage::Mapped(map) => map.bytes().len(),
+        }
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if let Storage::Owned { ptr, layout } = self {
+            // SAFETY: allocated in `Tensor::zeros` with this layout and not freed before.
+            unsafe { std::alloc::dealloc(*ptr, *layout) }
+        }
+    }
+}
+
+/// A matrix `[rows, cols]` in owned or mapped memory; rows lie `row_stride` elements apart, columns side by side.
+/// Clones share the storage. A vector is a matrix of one row.
+#[derive(Clone)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    /// In bytes.
+    offset: usize,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({:?} [{}, {}], row stride {})", self.dtype, self.rows, self.cols, self.row_stride)
+    }
+}
+
+impl Tensor {
+    /// Zeroed memory of its own. The system gives the pages when they are first touched.
+    pub fn zeros(rows: usize, cols: usize, dtype: DType) -> Self {
+        let size = (rows * cols * dtype.size_in_bytes()).max(64);
+        let layout = std::alloc::Layout::from_size_align(size, 64).expect("size fits the address space");
+        // SAFETY: the layout has a non-zero size.
+        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
+        if ptr.is_null() {
+            std::alloc::handle_alloc_error(layout)
+        }
+        Self {
+            storage: Arc::new(Storage::Owned { ptr, layout }),
+            offset: 0,
+            dtype,
+            rows,
+            cols,
+            row_stride: cols,
+        }
+    }
+
+    /// A copy of `data`, row by row.
+    ///
+    /// # Panics
+    /// Where `data.len() != rows * cols`.
+    pub fn from_slice<T: Element>(data: &[T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "from_slice: length");
+        let mut tensor = Self::zeros(rows, cols, T::DTYPE);
+        tensor.as_mut_slice::<T>().copy_from_slice(data);
+        tensor
+    }
+
+    /// A matrix in a mapped file, used in place, `offset` bytes from the file's start.
+    pub fn mapped(
+        file: Arc<MappedFile>,
+        offset: usize,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self> {
+        let bytes = rows * cols * dtype.size_in_bytes();
+        let fits = offset.checked_add(bytes).is_some_and(|end| end <= file.bytes().len());
+        let aligned = offset.is_multiple_of(dtype.size_in_bytes());
+        if !fits || !aligned {
+            return Err(Error::Shape {
+                op: "mapped",
+                message: format!(
+                    "[{rows}, {cols}] of {dtype:?} at byte {offset} does not lie (aligned) in the file"
+                ),
+            });
+        }
+        Ok(Self { storage: Arc::new(Storage::Mapped(file)), offset, dtype, rows, cols, row_stride: cols })
+    }
+
+    /// Rows `start .. start + len`, sharing the storage.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_rows(&self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.rows, "narrow_rows: {start}+{len} of {}", self.rows);
+        let offset = self.offset + start * self.row_stride * self.dtype.size_in_bytes();
+        Self { offset, rows: len, ..self.clone() }
+    }
+
+    /// Columns `start .. start + len`, sharing the storage.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_cols(&self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
+        Self { offset: self.offset + start * self.dtype.size_in_bytes(), cols: len, ..self.clone() }
+    }
+
+    /// A copy in another element type (or the same).
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let mut out = Self::zeros(self.rows, self.cols, dtype);
+        for row in 0..self.rows {
+            let values: Vec<f32> = self.view().row_f32(row)?;
+            match dtype {
+                DType::F32 => out.row_mut::<f32>(row).copy_from_slice(&values),
+                DType::F16 => {
+                    out.row_mut::<f16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = f16::from_f32(v))
+                }
+                DType::BF16 => {
+                    out.row_mut::<bf16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_f32(v))
+                }
+                _ => return Err(Error::DType { op: "to_dtype", dtype, supported: "f32, f16, bf16" }),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// Bytes of the elements.
+    pub fn size_in_bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype.size_in_bytes()
+    }
+    /// Whether the memory is a mapped file, not a copy.
+    pub fn is_mapped(&self) -> bool {
+        matches!(*self.storage, Storage::Mapped(_))
+    }
+
+    /// The whole matrix.
+    pub fn view(&self) -> View<'_> {
+        debug_assert!(self.offset + self.span_bytes() <= self.storage.len());
+        View {
+            // SAFETY: `offset` lies within the storage: checked where it was made.
+            ptr: unsafe { self.storage.ptr().add(self.offset) },
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// The whole matrix, for writing.
+    ///
+    /// # Panics
+    /// Where the storage is mapped or shared with a clone.
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        let storage = Arc::get_mut(&mut self.storage).expect("view_mut: storage shared with a clone");
+        let Storage::Owned { ptr, .. } = storage else { panic!("view_mut: storage is a mapped file") };
+        ViewMut {
+            // SAFETY: as in `view`.
+            ptr: unsafe { ptr.add(self.offset) },
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// All elements of a contiguous matrix.
+    ///
+    /// # Panics
+    /// Where `T` is not the element type or rows have gaps.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        self.view().into_slice::<T>()
+    }
+
+    /// All elements of a contiguous matrix, for writing.
+    ///
+    /// # Panics
+    /// As [`Tensor::as_slice`] and [`Tensor::view_mut`].
+    pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
+        self.view_mut().into_slice::<T>()
+    }
+
+    fn row_mut<T: Element>(&mut self, row: usize) -> &mut [T] {
+        let cols = self.cols;
+        &mut self.as_mut_slice::<T>()[row * cols..(row + 1) * cols]
+    }
+
+    fn span_bytes(&self) -> usize {
+        span(self.rows, self.cols, self.row_stride) * self.dtype.size_in_bytes()
+    }
+}
+
+/// Elements from the first to the last of a strided matrix.
+fn span(rows: usize, cols: usize, row_stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols }
+}
+
+/// A matrix to read: pointer, shape, row stride, element type.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub(crate) ptr: *const u8,
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// In elements.
+    pub(crate) row_stride: usize,
+    lifetime: PhantomData<&'a u8>,
+}
+
+// SAFETY: a view is a shared borrow of memory that is `Sync`.
+unsafe impl Send for View<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for View<'_> {}
+
+impl<'a> View<'a> {
+    /// A matrix over a slice.
+    ///
+    /// # Panics
+    /// Where `data.len() != rows * cols`.
+    pub fn from_slice<T: Element>(data: &'a [T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "View::from_slice: length");
+        Self {
+            ptr: data.as_ptr().cast(),
+            dtype: T::DTYPE,
+            rows,
+            cols,
+            row_stride: cols,
+            lifetime: PhantomData,
+        }
+    }
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// Rows `start .. start + len`.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_rows(self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.rows, "narrow_rows: {start}+{len} of {}", self.rows);
+        // SAFETY: within the matrix, checked above.
+        let ptr = unsafe { self.ptr.add(start * self.row_stride * self.dtype.size_in_bytes()) };
+        Self { ptr, rows: len, ..self }
+    }
+    /// Columns `start .. start + len`.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_cols(self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
+        // SAFETY: within the matrix, checked above.
+        let ptr = unsafe { self.ptr.add(start * self.dtype.size_in_bytes()) };
+        Self { ptr, cols: len, ..self }
+    }
+    /// One row.
+    ///
+    /// # Panics
+    /// Where `T` is not the element type or the row is outside.
+    pub fn row<T: Element>(self, row: usize) -> &'a [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        self.narrow_rows(row, 1).into_slice::<T>()
+    }
+    /// One row, converted.
+    pub fn row_f32(self, row: usize) -> Result<Vec<f32>> {
+        Ok(match self.dtype {
+            DType::F32 => self.row::<f32>(row).to_vec(),
+            DType::F16 => self.row::<f16>(row).iter().map(|v| v.to_f32()).collect(),
+            DType::BF16 => self.row::<bf16>(row).iter().map(|v| v.to_f32()).collect(),
+            dtype => return Err(Error::DType { op: "row_f32", dtype, supported: "f32, f16, bf16" }),
+        })
+    }
+    /// All elements of a contiguous matrix.
+    ///
+    /// # Panics
+    /// Where `T` is not the element type or rows have gaps.
+    pub fn into_slice<T: Element>(self) -> &'a [T] {
+        assert_eq!(self.dtype, T::DTYPE, "element type");
+        assert!(self.rows <= 1 || self.row_stride == self.cols, "rows have gaps");
+        // SAFETY: the constructors ensure `rows * cols` initialized elements at an aligned address for 'a.
+        unsafe { std::slice::from_raw_parts(self.ptr.cast::<T>(), self.rows * self.cols) }
+    }
+}
+
+/// A matrix to write: pointer, shape, row stride, element type.
+pub struct ViewMut<'a> {
+    pub(crate) ptr: *mut u8,
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// In elements.
+    pub(crate) row_stride: usize,
+    lifetime: PhantomData<&'a mut u8>,
+}
+
+// SAFETY: a mutable view is an exclusive borrow of memory that is `Send`.
+unsafe impl Send for ViewMut<'_> {}
+// SAFETY: shared references to it only read the shape.
+unsafe impl Sync for ViewMut<'_> {}
+
+impl<'a> ViewMut<'a> {
+    /// A matrix over a slice.
+    ///
+    /// # Panics
+    /// Where `data.len() != rows * cols`.
+    pub fn from_slice<T: Element>(data: &'a mut [T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "ViewMut::from_slice: length");
+        Self {
+            ptr: data.as_mut_ptr().cast(),
+            dtype: T::DTYPE,
+            rows,
+            cols,
+            row_stride: cols,
+            lifetime: PhantomData,
+        }
+    }
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// A shorter borrow.
+    pub fn reborrow(&mut self) -> ViewMut<'_> {
+        ViewMut { lifetime: PhantomData, ..*self }
+    }
+    /// For reading.
+    pub fn as_view(&self) -> View<'_> {
+        View {
+            ptr: self.ptr,
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            lifetime: PhantomData,
+        }
+    }
+    /// Rows `start .. start + len`.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_rows(self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.rows, "narrow_rows: {start}+{len} of {}", self.rows);
+        // SAFETY: within the matrix, checked above.
+        let ptr = unsafe { self.ptr.add(start * self.row_stride * self.dtype.size_in_bytes()) };
+        Self { ptr, rows: len, ..self }
+    }
+    /// Columns `start .. start + len`.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    #[must_use]
+    pub fn narrow_cols(self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
+        // SAFETY: within the matrix, checked above.
+        let ptr = unsafe { self.ptr.add(start * self.dtype.size_in_bytes()) };
+        Self { ptr, cols: len, ..self }
+    }
+    /// One row, for writing.
+    ///
+    /// # Panics
+    /// Where `T` is not the element type or the row is outside.
+    pub fn row<T: Element>(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        self.reborrow().narrow_rows(row, 1).into_slice::<T>()
+    }
+    /// All elements of a contiguous matrix, for writing.
+    ///
+    /// # Panics
+    /// Where `T` is not the element type or rows have gaps.
+    pub fn into_slice<T: Element>(self) -> &'a mut [T] {
+        assert_eq!(self.dtype, T::DTYPE, "element type");
+        assert!(self.rows <= 1 || self.row_stride == self.cols, "rows have gaps");
+        // SAFETY: the constructors ensure `rows * cols` initialized elements, borrowed exclusively for 'a.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast::<T>(), self.rows * self.cols) }
+    }
+}

@@ -1,0 +1,59 @@
+//! The shard's settings: each is declared here once, and is a flag and an environment variable of `lamplighter` too.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// Settings of all shards of a group. Flags and environment variables have the names that TGI gave them.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+pub struct ShardConfig {
+    /// Element type of weights and KV cache. Weights that it represents exactly are still used in place as they are
+    /// stored [default: the checkpoint's]
+    #[arg(long, env = "DTYPE", value_enum)]
+    pub dtype: Option<Dtype>,
+}
+
+/// What a shard must be told about its surroundings: set by the launcher, or by hand when started alone.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+pub struct ShardPlacement {
+    /// Directory with config.json and safetensors files
+    #[arg(long, env = "MODEL_ID")]
+    pub model_dir: PathBuf,
+
+    /// Socket to listen on
+    #[arg(long)]
+    pub uds_path: PathBuf,
+
+    /// This shard's rank in its tensor-parallel group
+    #[arg(long, env = "RANK", default_value_t = 0)]
+    pub rank: usize,
+
+    /// Number of ranks in the group
+    #[arg(long, env = "WORLD_SIZE", default_value_t = 1)]
+    pub world_size: usize,
+
+    /// File in shared memory where the ranks of one host meet; needed where world-size > 1
+    #[arg(long)]
+    pub rendezvous: Option<PathBuf>,
+
+    /// Threads for computing [default: the cores given to this process, divided by world-size]
+    #[arg(long)]
+    pub num_threads: Option<usize>,
+
+    /// Log lines as JSON objects
+    #[arg(long, env = "JSON_OUTPUT")]
+    pub json_output: bool,
+}
+
+/// Element type of weights and KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit float.
+    Float32,
+    /// IEEE 754 half precision.
+    Float16,
+    /// bfloat16.
+    Bfloat16,
+}

@@ -1,0 +1,1 @@
+//! Lamplighter's shard: owns tensors, computes tokens, knows no text.
