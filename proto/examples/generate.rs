@@ -8,7 +8,7 @@ fn main() {
 }
 
 /// Generates messages, client, server and descriptor set to `out`.
-pub fn generate(out: &Path) {
+pub(crate) fn generate(out: &Path) {
     let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
     let files = protox::compile(["lamplighter/shard/v1/shard.proto"], [&include]).unwrap();
     let descriptor = out.join("shard_descriptor.bin");

@@ -83,7 +83,8 @@ mod tests {
     #[test]
     fn addresses_are_paths_or_http_uris() {
         let check = |given: &str, expected: &str| {
-            assert_eq!(given.parse::<ShardAddress>().unwrap().to_string(), expected)
+            let address: ShardAddress = given.parse().unwrap();
+            assert_eq!(address.to_string(), expected);
         };
         check("/run/shard-0", "unix:/run/shard-0");
         check("unix:/run/shard-0", "unix:/run/shard-0");
