@@ -1,0 +1,78 @@
+//! From hidden states to logits, the vocabulary dealt out to the ranks where it divides.
+
+use kernels::ops::embedding::gather_rows;
+use kernels::ops::linear::{LinearPart, linear};
+use kernels::{Communicator, Context, DType, Result, Tensor, View};
+
+use super::embedding::{Embedding, vocab_slice};
+use super::spec::{DecoderSpec, TensorNames};
+use crate::weights::{Error, Weights};
+
+pub(super) struct Head {
+    /// `[this rank's vocabulary, hidden]`; where it is tied, the embedding's table.
+    weight: Tensor,
+}
+
+/// Scratch space and result.
+pub(super) struct HeadBuffers {
+    hidden: Tensor,
+    /// This rank's columns, where the vocabulary is partitioned.
+    part: Option<Tensor>,
+    logits: Tensor,
+}
+
+impl HeadBuffers {
+    pub(super) fn new(spec: &DecoderSpec, head: &Head, max_rows: usize) -> Self {
+        let zeros = |cols: usize| Tensor::zeros(max_rows, cols, DType::F32);
+        let part_cols = head.weight.rows();
+        Self {
+            hidden: zeros(spec.hidden_size),
+            part: (part_cols < spec.vocab_size).then(|| zeros(part_cols)),
+            logits: zeros(spec.vocab_size),
+        }
+    }
+
+    pub(super) fn size_in_bytes(&self) -> usize {
+        let part = self.part.as_ref().map_or(0, Tensor::size_in_bytes);
+        self.hidden.size_in_bytes() + part + self.logits.size_in_bytes()
+    }
+}
+
+impl Head {
+    pub(super) fn load(
+        spec: &DecoderSpec,
+        names: &TensorNames,
+        embedding: &Embedding,
+        weights: &mut Weights,
+    ) -> Result<Self, Error> {
+        if spec.tied_head {
+            return Ok(Self { weight: embedding.table.clone() });
+        }
+        let shape = [spec.vocab_size, spec.hidden_size];
+        let slice = vocab_slice(spec, weights.partition());
+        Ok(Self { weight: weights.take_matrix(&format!("{}.weight", names.head), shape, slice)? })
+    }
+
+    /// Logits `[rows.len(), vocab]` of the rows `rows` of `hidden`, the same on all ranks.
+    pub(super) fn forward<'a>(
+        &self,
+        context: &Context,
+        communicator: &mut dyn Communicator,
+        hidden: View<'_>,
+        rows: &[u32],
+        buffers: &'a mut HeadBuffers,
+    ) -> Result<View<'a>> {
+        let mut gathered = buffers.hidden.view_mut().narrow_rows(0, rows.len());
+        gather_rows(context, hidden, View::from_slice(rows, 1, rows.len()), gathered.reborrow())?;
+        let weight = [LinearPart { weight: &self.weight, bias: None }];
+        let mut logits = buffers.logits.view_mut().narrow_rows(0, rows.len());
+        if let Some(part) = &mut buffers.part {
+            let mut part = part.view_mut().narrow_rows(0, rows.len());
+            linear(context, gathered.as_view(), &weight, part.reborrow())?;
+            communicator.all_gather_cols(part.as_view(), logits)?;
+        } else {
+            linear(context, gathered.as_view(), &weight, logits.reborrow())?;
+        }
+        Ok(buffers.logits.view().narrow_rows(0, rows.len()))
+    }
+}

@@ -1,0 +1,153 @@
+//! Model directory -> [`Model`]. One architecture is one file here and one line in [`ARCHITECTURES`]: it maps `config.json`
+//! and tensor names to a [`DecoderSpec`], and knows no element type, rank or device.
+
+mod config;
+mod error;
+mod generation_config;
+mod rope;
+mod window;
+
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use std::path::Path;
+
+use kernels::DType;
+
+use crate::config::Dtype;
+use crate::decoder::{Decoder, DecoderSpec, TensorNames};
+use crate::weights::{Partition, Weights};
+
+use config::ModelConfig;
+
+pub use error::{ConfigError, LoadError};
+
+/// All architectures that can be served.
+const ARCHITECTURES: &[Architecture] =
+    &[llama::ARCHITECTURE, mistral::ARCHITECTURE, qwen2::ARCHITECTURE, qwen3::ARCHITECTURE];
+
+/// How one architecture's checkpoints are read.
+struct Architecture {
+    /// Its class in transformers, as in `architectures` of config.json.
+    class: &'static str,
+    /// Its `model_type` in config.json.
+    model_type: &'static str,
+    /// config.json -> what the decoder is made of; refuses what this architecture cannot do.
+    spec: fn(&ModelConfig) -> Result<DecoderSpec, ConfigError>,
+    tensor_names: TensorNames,
+}
+
+/// The names that Llama's checkpoints brought up, and most others use.
+const LLAMA_TENSOR_NAMES: TensorNames = TensorNames {
+    embedding: "model.embed_tokens",
+    layers: "model.layers",
+    attention_norm: "input_layernorm",
+    query: "self_attn.q_proj",
+    key: "self_attn.k_proj",
+    value: "self_attn.v_proj",
+    query_norm: "self_attn.q_norm",
+    key_norm: "self_attn.k_norm",
+    output: "self_attn.o_proj",
+    mlp_norm: "post_attention_layernorm",
+    gate: "mlp.gate_proj",
+    up: "mlp.up_proj",
+    down: "mlp.down_proj",
+    final_norm: "model.norm",
+    head: "lm_head",
+    redundant: &["rotary_emb.inv_freq"],
+};
+
+/// A model on one rank, ready to be prepared.
+pub struct Model {
+    /// What computes.
+    pub decoder: Decoder,
+    /// Ids that end a sequence; empty where the checkpoint names none.
+    pub eos_token_ids: Vec<u32>,
+    /// Parameters of the whole model.
+    pub num_parameters: u64,
+    /// Bytes of this rank's weights, mapped or copied.
+    pub weight_bytes: u64,
+    /// Element type of weights and KV cache: the one asked for, or the checkpoint's.
+    pub dtype: DType,
+}
+
+/// Maps the checkpoint in `model_dir` (config.json, safetensors files, maybe generation_config.json) as rank `rank` of
+/// `world_size`. All that config.json can rule out is refused before a weight file is opened.
+pub fn load(
+    model_dir: &Path,
+    dtype: Option<Dtype>,
+    rank: usize,
+    world_size: usize,
+) -> Result<Model, LoadError> {
+    let config = ModelConfig::read(model_dir)?;
+    let invalid = |source| LoadError::Config { path: model_dir.join("config.json"), source };
+    let architecture = find(&config).map_err(invalid)?;
+    let spec = (architecture.spec)(&config).and_then(checked).map_err(invalid)?;
+    spec.check_partition(world_size)?;
+    let eos_token_ids = generation_config::eos_token_ids(model_dir, &config)?;
+
+    let dtype = dtype.map(element_type);
+    let names = &architecture.tensor_names;
+    let mut weights = Weights::open(model_dir, dtype, Partition { rank, world_size })?;
+    let decoder = Decoder::load(spec, names, &mut weights)?;
+    let (num_parameters, weight_bytes) = (weights.num_parameters(), weights.size_in_bytes());
+    let tied_head = decoder.spec().tied_head.then(|| format!("{}.weight", names.head));
+    weights.finish(|name| {
+        tied_head.as_deref() == Some(name) || names.redundant.iter().any(|end| name.ends_with(end))
+    })?;
+    let dtype = dtype.unwrap_or_else(|| decoder.dtype());
+    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype })
+}
+
+fn find(config: &ModelConfig) -> Result<&'static Architecture, ConfigError> {
+    let class = config.architectures.first();
+    let is_meant = |architecture: &&Architecture| match class {
+        Some(class) => architecture.class == class,
+        None => config.model_type.as_deref() == Some(architecture.model_type),
+    };
+    ARCHITECTURES.iter().find(is_meant).ok_or_else(|| {
+        let supported: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.class).collect();
+        let (field, found) = match (class, &config.model_type) {
+            (Some(class), _) => ("architectures", class.as_str()),
+            (None, Some(model_type)) => ("model_type", model_type.as_str()),
+            (None, None) => ("architectures", "absent"),
+        };
+        ConfigError::new(field, format!("{found} is not supported; supported are {}", supported.join(", ")))
+    })
+}
+
+/// Refuses sizes that make no decoder, whatever the architecture.
+fn checked(spec: DecoderSpec) -> Result<DecoderSpec, ConfigError> {
+    let positive = [
+        ("vocab_size", spec.vocab_size),
+        ("hidden_size", spec.hidden_size),
+        ("intermediate_size", spec.intermediate_size),
+        ("num_attention_heads", spec.num_heads),
+        ("num_key_value_heads", spec.num_kv_heads),
+        ("head_dim", spec.head_dim),
+        ("max_position_embeddings", spec.max_position_embeddings),
+        ("num_hidden_layers", spec.num_layers()),
+    ];
+    if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
+        return Err(ConfigError::new(field, "must be at least 1".to_owned()));
+    }
+    if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
+        let message = format!("{} does not divide num_attention_heads {}", spec.num_kv_heads, spec.num_heads);
+        return Err(ConfigError::new("num_key_value_heads", message));
+    }
+    if !spec.head_dim.is_multiple_of(2) {
+        let message = format!("{} is odd, but rotary embedding turns pairs of elements", spec.head_dim);
+        return Err(ConfigError::new("head_dim", message));
+    }
+    Ok(spec)
+}
+
+fn element_type(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::Float32 => DType::F32,
+        Dtype::Float16 => DType::F16,
+        Dtype::Bfloat16 => DType::BF16,
+    }
+}
