@@ -93,7 +93,9 @@ pub enum Failure {
     #[error("the shards failed while computing this request: {0}; send it again")]
     Shards(String),
     /// The model's logits were not finite.
-    #[error("the model produced logits that are not finite: the checkpoint or the chosen dtype is broken for this input")]
+    #[error(
+        "the model produced logits that are not finite: the checkpoint or the chosen dtype is broken for this input"
+    )]
     InvalidLogits,
     /// The router shut down before the request was finished.
     #[error("the server shut down before the request was finished; send it again")]
@@ -104,7 +106,9 @@ pub enum Failure {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// `max_concurrent_requests` are in the house.
-    #[error("the server is overloaded: {limit} requests are waiting or running (--max-concurrent-requests); try again later")]
+    #[error(
+        "the server is overloaded: {limit} requests are waiting or running (--max-concurrent-requests); try again later"
+    )]
     Overloaded {
         /// `max_concurrent_requests`.
         limit: usize,
@@ -113,6 +117,8 @@ pub enum SubmitError {
     #[error("the server is shutting down; send the request to another replica")]
     Draining,
     /// Not ready yet, or the shards are gone.
-    #[error("the model is not being served: the shards are starting or have failed; see /readyz and the server's log")]
+    #[error(
+        "the model is not being served: the shards are starting or have failed; see /readyz and the server's log"
+    )]
     Unavailable,
 }

@@ -1,0 +1,230 @@
+//! What is computed next: a pure function of who runs, who waits, and what there is to give.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use proto::units::{BlockId, SequenceId, TokenId};
+
+use super::request::TokenRequest;
+use super::state::RequestId;
+
+/// What a step may use.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Budget {
+    /// Most tokens of prompt chunks, >= 1. Decode rows come on top.
+    pub(crate) max_prefill_tokens: usize,
+    /// Most sequences, >= 1.
+    pub(crate) max_sequences: usize,
+    /// Tokens in a KV block, >= 1.
+    pub(crate) block_size: usize,
+}
+
+/// A request as the planner sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Candidate {
+    /// Its id; the lower, the older.
+    pub(crate) request: RequestId,
+    /// Tokens that can be computed, those that already are included. One more than `computed` is a decode row.
+    pub(crate) len: usize,
+    /// Tokens whose keys and values are in its blocks, or will be when the steps in flight are done.
+    pub(crate) computed: usize,
+    /// Blocks that it holds.
+    pub(crate) num_blocks: usize,
+    /// Whether its reader has room for the events of one more step. Without it the request is passed over.
+    pub(crate) has_room: bool,
+}
+
+/// What to do next.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Running requests that give all their blocks back and return to the queue.
+    pub(crate) preempt: Vec<RequestId>,
+    /// What to compute; those of one token first. A request that is not running yet is thereby admitted.
+    pub(crate) rows: Vec<Row>,
+}
+
+/// A request's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) request: RequestId,
+    /// Tokens to compute, >= 1.
+    pub(crate) num_tokens: usize,
+    /// Blocks that it gets for them.
+    pub(crate) new_blocks: usize,
+}
+
+/// Plans one step. `running` and `waiting` are oldest first.
+///
+/// Running requests come first, by age: each gets a decode row, or a chunk of its prompt as long as the prefill budget
+/// lasts. When blocks run out, those whose readers have stalled give theirs, then the youngest; so the oldest always
+/// proceeds, and with it all. What is left goes to waiting requests in strict order, each when the blocks for all its
+/// tokens can be had.
+pub(crate) fn plan(
+    running: &[Candidate],
+    waiting: impl IntoIterator<Item = Candidate>,
+    free_blocks: usize,
+    budget: &Budget,
+) -> Plan {
+    let mut planner = Planner {
+        budget,
+        free_blocks,
+        prefill_tokens: budget.max_prefill_tokens,
+        stalled: running.iter().filter(|candidate| !candidate.has_room).collect(),
+        plan: Plan::default(),
+    };
+    planner.advance(running.iter().filter(|candidate| candidate.has_room).collect());
+    planner.admit(running, waiting);
+    // Stable: within each part the order stays that of age. Shards take decode rows first.
+    planner.plan.rows.sort_by_key(|row| row.num_tokens > 1);
+    planner.plan
+}
+
+struct Planner<'a> {
+    budget: &'a Budget,
+    free_blocks: usize,
+    /// What is left of the prefill budget.
+    prefill_tokens: usize,
+    /// Running requests whose readers have stalled, oldest first: the first to give their blocks.
+    stalled: Vec<&'a Candidate>,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    /// Gives rows to running requests.
+    fn advance(&mut self, mut ready: VecDeque<&'a Candidate>) {
+        while let Some(candidate) = ready.pop_front() {
+            if self.is_full() {
+                return;
+            }
+            let wanted = self.tokens_wanted(candidate);
+            let mut num_tokens = self.tokens_that_fit(candidate, wanted);
+            while wanted > 0 && num_tokens == 0 {
+                let Some(victim) = self.stalled.pop().or_else(|| ready.pop_back()) else { break };
+                self.preempt(victim);
+                num_tokens = self.tokens_that_fit(candidate, wanted);
+            }
+            self.push(candidate, num_tokens);
+        }
+    }
+
+    /// Lets waiting requests in.
+    fn admit(&mut self, running: &[Candidate], waiting: impl IntoIterator<Item = Candidate>) {
+        // Blocks were just taken from someone; letting another in would be to take his place.
+        if !self.plan.preempt.is_empty() {
+            return;
+        }
+        let ready = running.iter().filter(|candidate| candidate.has_room);
+        // One block for each that runs, since it will soon need one: the watermark below which nobody is let in.
+        let mut watermark = ready.clone().count();
+        // Blocks that prompts which are let in already will need for their next chunks.
+        let mut promised = ready.map(|candidate| self.blocks_to_come(candidate)).sum::<usize>();
+        promised -= self.plan.rows.iter().map(|row| row.new_blocks).sum::<usize>();
+
+        for candidate in waiting {
+            if self.is_full() || self.prefill_tokens == 0 {
+                return;
+            }
+            if !candidate.has_room {
+                // Preempted while its reader stalled. It must not hold up those behind it.
+                continue;
+            }
+            let needed = self.blocks_to_come(&candidate);
+            let stalled = self.stalled.iter().map(|stalled| stalled.num_blocks).sum::<usize>();
+            // Where nothing else can run, the request fits: it would fit an empty cache.
+            if watermark > 0 && self.free_blocks + stalled < promised + needed + watermark {
+                return;
+            }
+            let wanted = self.tokens_wanted(&candidate);
+            while self.tokens_that_fit(&candidate, wanted) < wanted {
+                let Some(victim) = self.stalled.pop() else { break };
+                self.preempt(victim);
+            }
+            let num_tokens = self.tokens_that_fit(&candidate, wanted);
+            let new_blocks = self.push(&candidate, num_tokens);
+            promised += needed - new_blocks;
+            watermark += 1;
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.plan.rows.len() == self.budget.max_sequences
+    }
+
+    /// Tokens that the budgets allow it: one for a decode row, else a chunk.
+    fn tokens_wanted(&self, candidate: &Candidate) -> usize {
+        match candidate.len - candidate.computed {
+            1 => 1,
+            remaining => remaining.min(self.prefill_tokens),
+        }
+    }
+
+    /// Of `wanted` tokens, those for which there are blocks.
+    fn tokens_that_fit(&self, candidate: &Candidate, wanted: usize) -> usize {
+        let slots = (candidate.num_blocks + self.free_blocks) * self.budget.block_size;
+        wanted.min(slots - candidate.computed)
+    }
+
+    /// Blocks missing for all its tokens.
+    fn blocks_to_come(&self, candidate: &Candidate) -> usize {
+        candidate.len.div_ceil(self.budget.block_size).saturating_sub(candidate.num_blocks)
+    }
+
+    fn preempt(&mut self, victim: &Candidate) {
+        self.free_blocks += victim.num_blocks;
+        self.plan.preempt.push(victim.request);
+    }
+
+    /// Adds a row, if it has tokens. Returns the blocks that it takes.
+    fn push(&mut self, candidate: &Candidate, num_tokens: usize) -> usize {
+        if num_tokens == 0 {
+            return 0;
+        }
+        let blocks = (candidate.computed + num_tokens).div_ceil(self.budget.block_size);
+        let new_blocks = blocks - candidate.num_blocks;
+        self.free_blocks -= new_blocks;
+        if candidate.len - candidate.computed > 1 {
+            self.prefill_tokens -= num_tokens;
+        }
+        self.plan.rows.push(Row { request: candidate.request, num_tokens, new_blocks });
+        new_blocks
+    }
+}
+
+/// What is new since the step before, as the shards are told.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Step {
+    /// Strictly increasing.
+    pub(crate) id: u64,
+    /// Sequences to forget, before anything else is done.
+    pub(crate) release: Vec<SequenceId>,
+    /// Sequences that the shards do not know yet.
+    pub(crate) admit: Vec<NewSequence>,
+    /// What to compute; those of one token first.
+    pub(crate) schedule: Vec<Scheduled>,
+}
+
+/// A sequence and all that a shard needs to go on with it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct NewSequence {
+    pub(crate) id: SequenceId,
+    /// The prompt, and behind it what was generated before a preemption.
+    pub(crate) tokens: Vec<TokenId>,
+    /// How tokens are chosen, and when to stop. Its prompt is the beginning of `tokens`.
+    pub(crate) request: Arc<TokenRequest>,
+    /// Of `tokens`, how many are in `block_ids` already. 0 as long as there is no prefix cache.
+    pub(crate) computed_tokens: usize,
+    /// The blocks that hold them.
+    pub(crate) block_ids: Vec<BlockId>,
+    /// Whether to report log-probabilities of the prompt: not again after a preemption.
+    pub(crate) prompt_logprobs: bool,
+}
+
+/// A sequence's share of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Scheduled {
+    pub(crate) sequence: SequenceId,
+    /// Tokens to compute, >= 1.
+    pub(crate) num_tokens: usize,
+    /// Blocks appended to its block table.
+    pub(crate) new_blocks: Vec<BlockId>,
+}

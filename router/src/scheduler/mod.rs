@@ -1,0 +1,27 @@
+//! Decides which tokens are computed next, and in which KV blocks. Ids and numbers only: no text, no IO.
+//!
+//! [`SchedulerHandle::submit`] turns [`TokenRequest`]s into [`TokenStream`]s. Behind it one task owns the state of all
+//! requests: it takes an event (a submission, a cancellation, an answer of the shards), applies it, and asks what to
+//! compute next. How that is decided, and how to tune it: `docs/scheduling.md`.
+
+mod answer;
+mod batch;
+mod blocks;
+mod entry;
+mod handle;
+mod queue;
+mod request;
+mod start;
+mod state;
+mod task;
+mod token_stream;
+
+pub use handle::{SchedulerHandle, Status};
+pub use request::{EndReason, Failure, Sampling, SubmitError, Token, TokenEvent, TokenRequest};
+pub use start::{ServingInfo, StartError, StartPhase, start};
+pub use token_stream::TokenStream;
+
+pub use crate::shards::{DataType, Device};
+
+pub(crate) use answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
+pub(crate) use batch::{NewSequence, Scheduled, Step};

@@ -1,0 +1,431 @@
+//! The state of all requests, and what an event does to it. Synchronous, without IO and without a clock of its own, so
+//! that tests drive it with events that are made up.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use proto::units::SequenceId;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::answer::{Outcome, SequenceOutput, StepAnswer, WrongAnswer};
+use super::batch::{self, Budget, NewSequence, Row, Scheduled, Step};
+use super::blocks::BlockPool;
+use super::entry::{Entry, Running, Sequence};
+use super::queue::Queue;
+use super::request::{Failure, TokenRequest};
+use super::token_stream::EventSender;
+use crate::metrics::{self, SchedulerGauges, StepDurations, StepMethod};
+
+/// A request as the scheduler names it; the lower, the older.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct RequestId(pub(crate) u64);
+
+/// What can happen.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A request came through the door.
+    Submit(Submission),
+    /// Its reader is gone. Handling it, or dropping it, frees the request's place in the house.
+    Cancel { request: RequestId, permit: Option<OwnedSemaphorePermit> },
+    /// A reader that had stalled has room again.
+    ReaderReady,
+    /// The oldest step in flight was answered.
+    StepDone(StepAnswer),
+    /// There are no shards any more, for this reason.
+    ShardsFailed(String),
+    /// All requests are to end now.
+    Shutdown,
+}
+
+/// A request at the door.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) id: RequestId,
+    pub(crate) request: TokenRequest,
+    pub(crate) events: EventSender,
+    pub(crate) submitted_at: Instant,
+}
+
+/// What the scheduler may give.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// KV blocks, >= 1. Each request fits in them alone.
+    pub(crate) num_blocks: u32,
+    /// What one step may use.
+    pub(crate) budget: Budget,
+    /// Steps that are sent before the first of them is answered, >= 1. With 2, the shards have the next step when they
+    /// finish one.
+    pub(crate) steps_in_flight: usize,
+}
+
+/// The owner of all requests.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    queue: Queue,
+    /// Requests that hold blocks, oldest first.
+    running: BTreeMap<RequestId, Running>,
+    blocks: BlockPool,
+    /// Sequences that the shards are to forget with the next step.
+    released: Vec<SequenceId>,
+    /// Steps without an answer, oldest first.
+    in_flight: VecDeque<InFlight>,
+    next_step: u64,
+    next_sequence: u64,
+    /// Why nothing runs any more.
+    failure: Option<Failure>,
+}
+
+/// A step without an answer.
+#[derive(Debug)]
+struct InFlight {
+    id: u64,
+    rows: Vec<InFlightRow>,
+    method: StepMethod,
+    sent_at: Instant,
+}
+
+#[derive(Debug)]
+struct InFlightRow {
+    request: RequestId,
+    sequence: SequenceId,
+    /// Position of the first token that it computes.
+    first: usize,
+    num_tokens: usize,
+    /// Whether it reaches the last known token, so that the next one is sampled.
+    samples: bool,
+}
+
+impl Scheduler {
+    /// A scheduler without requests.
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            queue: Queue::default(),
+            running: BTreeMap::new(),
+            blocks: BlockPool::new(limits.num_blocks),
+            released: Vec::new(),
+            in_flight: VecDeque::new(),
+            next_step: 1,
+            next_sequence: 1,
+            failure: None,
+        }
+    }
+
+    /// Makes of an event what follows from it. What is to be computed then: `next_step`.
+    pub(crate) fn apply(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Submit(submission) => self.submit(submission),
+            Event::Cancel { request, permit } => {
+                drop(self.remove(request));
+                drop(permit);
+            }
+            // Who has room is looked at whenever a step is planned; the event is there to wake the planner.
+            Event::ReaderReady => {}
+            Event::StepDone(answer) => {
+                if let Err(wrong) = self.step_done(answer, now) {
+                    self.fail_all(&Failure::Shards(wrong.to_string()));
+                }
+            }
+            Event::ShardsFailed(reason) => self.fail_all(&Failure::Shards(reason)),
+            Event::Shutdown => self.fail_all(&Failure::ShuttingDown),
+        }
+        if cfg!(debug_assertions) {
+            self.check_invariants();
+        }
+    }
+
+    /// The next step to send, as long as one is due.
+    pub(crate) fn next_step(&mut self, now: Instant) -> Option<Step> {
+        if self.failure.is_some() || self.in_flight.len() >= self.limits.steps_in_flight {
+            return None;
+        }
+        let running = self.running.values().map(Running::candidate).collect::<Vec<_>>();
+        let waiting = self.queue.iter().map(Entry::candidate);
+        let plan = batch::plan(&running, waiting, self.blocks.num_free(), &self.limits.budget);
+        for request in plan.preempt {
+            self.preempt(request);
+        }
+        // A step without rows still tells the shards what to forget.
+        if plan.rows.is_empty() && self.released.is_empty() {
+            return None;
+        }
+        Some(self.send(&plan.rows, now))
+    }
+
+    /// Why nothing runs any more, if so.
+    pub(crate) fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+
+    /// Its size in numbers.
+    pub(crate) fn gauges(&self) -> SchedulerGauges {
+        SchedulerGauges {
+            queued: self.queue.len(),
+            running: self.running.len(),
+            blocks_used: self.blocks.num_blocks() - self.blocks.num_free(),
+            blocks_total: self.blocks.num_blocks(),
+        }
+    }
+
+    /// Whether the shards have nothing to compute.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
+    /// Panics where the state contradicts itself. To be called between events.
+    pub(crate) fn check_invariants(&self) {
+        self.blocks.check_invariants(
+            self.running.values().flat_map(|running| running.sequence.blocks.iter().copied()),
+        );
+        for Running { entry, sequence } in self.running.values() {
+            let known = entry.len() + sequence.sampling;
+            assert!(sequence.computed <= known, "{:?} is computed beyond its end", entry.id);
+            let blocks = sequence.computed.div_ceil(self.limits.budget.block_size);
+            assert_eq!(sequence.blocks.len(), blocks, "{:?} holds other blocks than it needs", entry.id);
+            let rows = self.in_flight.iter().flat_map(|step| &step.rows);
+            let rows = rows.filter(|row| row.sequence == sequence.id);
+            assert_eq!(sequence.steps_in_flight, rows.clone().count(), "{:?} miscounts its steps", entry.id);
+            assert_eq!(
+                sequence.sampling,
+                rows.filter(|row| row.samples).count(),
+                "{:?} miscounts tokens",
+                entry.id
+            );
+        }
+        let both = self.queue.iter().find(|entry| self.running.contains_key(&entry.id));
+        assert!(both.is_none(), "{both:?} is waiting and running");
+        assert!(self.in_flight.len() <= self.limits.steps_in_flight, "too many steps in flight");
+    }
+
+    fn submit(&mut self, Submission { id, request, events, submitted_at }: Submission) {
+        match &self.failure {
+            Some(failure) => events.fail(failure.clone()),
+            None => self.queue.push(Entry {
+                id,
+                request: Arc::new(request),
+                events,
+                submitted_at,
+                started: false,
+                generated: Vec::new(),
+                prompt_reported: 0,
+            }),
+        }
+    }
+
+    /// Takes a request out, wherever it is. Its blocks are free and its sequence is released with the next step.
+    fn remove(&mut self, request: RequestId) -> Option<Entry> {
+        let Some(Running { entry, sequence }) = self.running.remove(&request) else {
+            return self.queue.remove(request);
+        };
+        self.released.push(sequence.id);
+        self.blocks.free(sequence.blocks);
+        Some(entry)
+    }
+
+    /// Sends a running request back to the queue. What steps in flight will say about it is ignored: it is computed
+    /// again from the tokens that its reader has, with the same result, since nothing random depends on when.
+    fn preempt(&mut self, request: RequestId) {
+        let entry = self.remove(request).expect("a plan preempts requests that are running");
+        metrics::record_preemption();
+        self.queue.push(entry);
+    }
+
+    fn fail_all(&mut self, failure: &Failure) {
+        if self.failure.is_some() {
+            return;
+        }
+        self.failure = Some(failure.clone());
+        for step in self.in_flight.drain(..) {
+            metrics::record_step_failed(step.method);
+        }
+        for Running { entry, sequence } in std::mem::take(&mut self.running).into_values() {
+            self.blocks.free(sequence.blocks);
+            entry.events.fail(failure.clone());
+        }
+        for entry in self.queue.drain() {
+            entry.events.fail(failure.clone());
+        }
+    }
+
+    /// Makes a plan's rows a step, and a step in flight.
+    fn send(&mut self, rows: &[Row], now: Instant) -> Step {
+        let id = self.next_step;
+        self.next_step += 1;
+        let release = std::mem::take(&mut self.released);
+        let mut step = Step { id, release, admit: Vec::new(), schedule: Vec::with_capacity(rows.len()) };
+        let mut in_flight = Vec::with_capacity(rows.len());
+        for row in rows {
+            if let Some(entry) = self.queue.remove(row.request) {
+                step.admit.push(self.admit(entry, now));
+            }
+            let running =
+                self.running.get_mut(&row.request).expect("a planned request is running or was waiting");
+            let new_blocks = self.blocks.allocate(row.new_blocks);
+            in_flight.push(InFlightRow::new(running, row));
+            step.schedule.push(running.schedule(row.num_tokens, new_blocks));
+        }
+        let method = record_step(rows);
+        self.in_flight.push_back(InFlight { id, rows: in_flight, method, sent_at: now });
+        step
+    }
+
+    /// Makes a waiting request a running one, under a new sequence id: shards never see one twice.
+    fn admit(&mut self, mut entry: Entry, now: Instant) -> NewSequence {
+        entry.start(now);
+        let id = SequenceId(self.next_sequence);
+        self.next_sequence += 1;
+        let sequence = Sequence {
+            id,
+            blocks: Vec::new(),
+            computed: 0,
+            sampling: 0,
+            steps_in_flight: 0,
+            prompt_logprobs: entry.owes_prompt_logprobs(),
+        };
+        let new = NewSequence {
+            id,
+            tokens: entry.tokens(),
+            request: Arc::clone(&entry.request),
+            computed_tokens: sequence.computed,
+            block_ids: sequence.blocks.clone(),
+            prompt_logprobs: sequence.prompt_logprobs,
+        };
+        self.running.insert(entry.id, Running { entry, sequence });
+        new
+    }
+
+    fn step_done(&mut self, answer: StepAnswer, now: Instant) -> Result<(), WrongAnswer> {
+        if self.failure.is_some() {
+            return Ok(());
+        }
+        let step = self.in_flight.pop_front();
+        let step = step.ok_or(WrongAnswer::Step { expected: None, got: answer.step })?;
+        if answer.step != step.id {
+            return Err(WrongAnswer::Step { expected: Some(step.id), got: answer.step });
+        }
+        let durations = StepDurations {
+            total: now.saturating_duration_since(step.sent_at),
+            forward: answer.times.forward,
+            sampling: answer.times.sampling,
+        };
+        metrics::record_step_done(step.method, &durations);
+
+        let unknown = |sequence| WrongAnswer::UnknownSequence { step: step.id, sequence };
+        let mut outputs = HashMap::with_capacity(answer.outputs.len());
+        for output in answer.outputs {
+            let sequence = output.sequence;
+            if outputs.insert(sequence, output).is_some() {
+                return Err(unknown(sequence));
+            }
+        }
+        for row in &step.rows {
+            let output = outputs.remove(&row.sequence);
+            let skipped = answer.skipped.contains(&row.sequence);
+            self.row_done(step.id, row, output, skipped)?;
+        }
+        outputs.into_keys().next().map_or(Ok(()), |sequence| Err(unknown(sequence)))
+    }
+
+    /// Moves one sequence on by what a step gave for it.
+    fn row_done(
+        &mut self,
+        step: u64,
+        row: &InFlightRow,
+        output: Option<SequenceOutput>,
+        skipped: bool,
+    ) -> Result<(), WrongAnswer> {
+        let sequence = row.sequence;
+        let running = self.running.get_mut(&row.request).filter(|running| running.sequence.id == sequence);
+        // Cancelled, preempted, or ended in an earlier step while this one was on its way.
+        let Some(running) = running else { return Ok(()) };
+        if skipped {
+            return Err(WrongAnswer::Skipped { step, sequence });
+        }
+        running.sequence.steps_in_flight -= 1;
+        running.sequence.sampling -= usize::from(row.samples);
+        let (prompt, outcome) =
+            output.map_or((Vec::new(), Outcome::Nothing), |output| (output.prompt, output.outcome));
+        if outcome == Outcome::InvalidLogits {
+            if let Some(entry) = self.remove(row.request) {
+                entry.events.fail(Failure::InvalidLogits);
+            }
+            return Ok(());
+        }
+
+        let expected = row.prompt_tokens(running);
+        let got = prompt.len();
+        if !prompt.iter().map(|token| token.id).eq(expected.iter().copied()) {
+            return Err(WrongAnswer::Prompt { step, sequence, expected: expected.len(), got });
+        }
+        running.entry.report_prompt(row.first + 1, prompt);
+
+        match (outcome, row.samples) {
+            (Outcome::Nothing | Outcome::InvalidLogits, false) => {}
+            (Outcome::Nothing | Outcome::InvalidLogits, true) => {
+                return Err(WrongAnswer::NoToken { step, sequence });
+            }
+            (Outcome::Sampled(_) | Outcome::Ended(..), false) => {
+                return Err(WrongAnswer::EarlyToken { step, sequence });
+            }
+            (Outcome::Sampled(token), true) => {
+                if running.entry.generated.len() + 1 >= running.entry.request.max_new_tokens as usize {
+                    return Err(WrongAnswer::NotEnded { step, sequence });
+                }
+                running.entry.report_token(token, None);
+            }
+            (Outcome::Ended(token, end), true) => {
+                running.entry.report_token(token, Some(end));
+                self.remove(row.request);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl InFlightRow {
+    /// `row` as it leaves, before it changes `running`.
+    fn new(running: &Running, row: &Row) -> Self {
+        let first = running.sequence.computed;
+        let samples = first + row.num_tokens == running.len();
+        Self {
+            request: row.request,
+            sequence: running.sequence.id,
+            first,
+            num_tokens: row.num_tokens,
+            samples,
+        }
+    }
+
+    /// The prompt tokens of which this row owes log-probabilities.
+    fn prompt_tokens<'a>(&self, running: &'a Running) -> &'a [proto::units::TokenId] {
+        if !running.sequence.prompt_logprobs {
+            return &[];
+        }
+        let prompt = &running.entry.request.prompt;
+        let end = (self.first + self.num_tokens + 1).min(prompt.len());
+        prompt.get(self.first + 1..end).unwrap_or_default()
+    }
+}
+
+impl Running {
+    /// Counts tokens as computed and blocks as its own from the moment that the step is on its way.
+    fn schedule(&mut self, num_tokens: usize, new_blocks: Vec<proto::units::BlockId>) -> Scheduled {
+        let known = self.len();
+        let sequence = &mut self.sequence;
+        sequence.blocks.extend_from_slice(&new_blocks);
+        sequence.computed += num_tokens;
+        sequence.steps_in_flight += 1;
+        sequence.sampling += usize::from(sequence.computed == known);
+        Scheduled { sequence: sequence.id, num_tokens, new_blocks }
+    }
+}
+
+fn record_step(rows: &[Row]) -> StepMethod {
+    let decode_tokens = rows.iter().filter(|row| row.num_tokens == 1).count();
+    let prefill_tokens = rows.iter().map(|row| row.num_tokens).sum::<usize>() - decode_tokens;
+    let method = if prefill_tokens > 0 { StepMethod::Prefill } else { StepMethod::Decode };
+    metrics::record_step_sent(method, rows.len(), decode_tokens, prefill_tokens);
+    method
+}

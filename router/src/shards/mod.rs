@@ -1,0 +1,15 @@
+//! All ranks of a tensor-parallel group, seen as one shard: every rank gets the same steps in the same order, and a step
+//! is answered when all have answered.
+
+mod connect;
+mod from_proto;
+mod group;
+mod info;
+mod to_proto;
+
+pub(crate) use connect::ShardError;
+pub use info::{DataType, Device};
+
+pub(crate) use connect::connect;
+pub(crate) use group::ShardGroup;
+pub(crate) use info::GroupInfo;
