@@ -44,6 +44,14 @@ pub struct ShardPlacement {
     /// Log lines as JSON objects
     #[arg(long, env = "JSON_OUTPUT")]
     pub json_output: bool,
+
+    /// Which log lines to write: a level (error, warn, info, debug, trace), or directives such as `info,shard=debug`
+    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    pub log_level: String,
+
+    /// Set by the launcher: it ends its shards with SIGTERM, so the SIGINT that a terminal sends to all is ignored
+    #[arg(long, hide = true)]
+    pub supervised: bool,
 }
 
 /// Element type of weights and KV cache.

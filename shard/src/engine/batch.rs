@@ -1,0 +1,190 @@
+//! A step's schedule as the model's flat input: which rows there are, and which of them get logits.
+
+use proto::v1::ScheduledSequence;
+
+use super::sequence::{Sequence, Sequences};
+use crate::decoder::ForwardInput;
+
+/// One step's batch. Its buffers are kept from step to step.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) input: ForwardInput,
+    /// Sequences that are computed, in the order of the schedule.
+    pub(super) entries: Vec<Entry>,
+    /// Rows of `input` whose logits are needed, ascending.
+    pub(super) logit_rows: Vec<u32>,
+    /// What each of `logit_rows` is for.
+    pub(super) uses: Vec<LogitUse>,
+    /// Sequences that had ended before and are not computed.
+    pub(super) skipped: Vec<u64>,
+}
+
+/// A sequence that is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) sequence_id: u64,
+    pub(super) num_tokens: usize,
+}
+
+/// What a row of logits is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LogitUse {
+    /// Choosing the next token of the sequence of this entry.
+    Sample { entry: usize },
+    /// The log-probability of the prompt token at this position.
+    PromptToken { entry: usize, position: usize },
+}
+
+impl Batch {
+    /// Fills the batch. The schedule has been validated, and its blocks appended to the sequences' tables.
+    pub(super) fn fill(&mut self, schedule: &[ScheduledSequence], sequences: &Sequences, block_size: usize) {
+        self.clear();
+        for scheduled in schedule {
+            let sequence = &sequences[&scheduled.sequence_id];
+            if sequence.finished {
+                self.skipped.push(scheduled.sequence_id);
+            } else {
+                self.push(scheduled, sequence, block_size);
+            }
+        }
+        self.fill_block_tables(sequences);
+    }
+
+    fn clear(&mut self) {
+        let Self { input, entries, logit_rows, uses, skipped } = self;
+        input.token_ids.clear();
+        input.positions.clear();
+        input.slot_mapping.clear();
+        input.query_starts.clear();
+        input.query_starts.push(0);
+        input.kv_lens.clear();
+        input.block_tables.clear();
+        entries.clear();
+        logit_rows.clear();
+        uses.clear();
+        skipped.clear();
+    }
+
+    fn push(&mut self, scheduled: &ScheduledSequence, sequence: &Sequence, block_size: usize) {
+        let (start, num_tokens) = (sequence.computed_len, scheduled.num_tokens as usize);
+        let end = start + num_tokens;
+        let entry = self.entries.len();
+        for position in start..end {
+            let row = self.input.token_ids.len() as u32;
+            let block_id = sequence.block_ids[position / block_size] as usize;
+            self.input.token_ids.push(sequence.token_ids[position]);
+            self.input.positions.push(position as u32);
+            self.input.slot_mapping.push((block_id * block_size + position % block_size) as u32);
+            let next = position + 1;
+            if next == sequence.token_ids.len() {
+                self.logit_rows.push(row);
+                self.uses.push(LogitUse::Sample { entry });
+            } else if sequence.prompt_logprobs && next < sequence.prompt_len {
+                self.logit_rows.push(row);
+                self.uses.push(LogitUse::PromptToken { entry, position: next });
+            }
+        }
+        self.input.query_starts.push(self.input.token_ids.len() as u32);
+        self.input.kv_lens.push(end as u32);
+        self.entries.push(Entry { sequence_id: scheduled.sequence_id, num_tokens });
+    }
+
+    fn fill_block_tables(&mut self, sequences: &Sequences) {
+        let tables = || self.entries.iter().map(|entry| &sequences[&entry.sequence_id].block_ids);
+        let max_blocks = tables().map(Vec::len).max().unwrap_or(0);
+        self.input.max_blocks = max_blocks;
+        for (index, table) in tables().enumerate() {
+            self.input.block_tables.extend_from_slice(table);
+            self.input.block_tables.resize((index + 1) * max_blocks, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sequence::tests::new_sequence;
+    use super::*;
+
+    const BLOCK_SIZE: usize = 4;
+
+    fn sequence(token_ids: &[u32], computed_len: usize, block_ids: &[u32]) -> Sequence {
+        let mut new = new_sequence(0, token_ids);
+        new.computed_tokens = computed_len as u32;
+        new.block_ids = block_ids.to_vec();
+        Sequence::new(new)
+    }
+
+    fn scheduled(sequence_id: u64, num_tokens: u32) -> ScheduledSequence {
+        ScheduledSequence { sequence_id, num_tokens, append_block_ids: vec![] }
+    }
+
+    fn batch(schedule: &[ScheduledSequence], sequences: &Sequences) -> Batch {
+        let mut batch = Batch::default();
+        // A batch before must leave nothing behind.
+        batch.fill(&[scheduled(9, 2)], &Sequences::from([(9, sequence(&[1, 2, 3], 0, &[3]))]), BLOCK_SIZE);
+        batch.fill(schedule, sequences, BLOCK_SIZE);
+        batch
+    }
+
+    #[test]
+    fn decode_rows_and_prefill_chunks_are_one_flat_batch() {
+        let sequences = Sequences::from([
+            // Decode: its last known token is the only one not computed.
+            (1, sequence(&[10, 11, 12, 13, 14], 4, &[7, 2])),
+            // A chunk in the middle of a prompt, over a block's border.
+            (2, sequence(&[20, 21, 22, 23, 24, 25, 26], 2, &[5, 0])),
+        ]);
+        let batch = batch(&[scheduled(1, 1), scheduled(2, 3)], &sequences);
+        assert_eq!(
+            batch.input,
+            ForwardInput {
+                token_ids: vec![14, 22, 23, 24],
+                positions: vec![4, 2, 3, 4],
+                slot_mapping: vec![8, 22, 23, 0],
+                query_starts: vec![0, 1, 4],
+                kv_lens: vec![5, 5],
+                block_tables: vec![7, 2, 5, 0],
+                max_blocks: 2,
+            }
+        );
+        assert_eq!(
+            batch.entries,
+            [Entry { sequence_id: 1, num_tokens: 1 }, Entry { sequence_id: 2, num_tokens: 3 }]
+        );
+        assert_eq!(batch.logit_rows, [0]);
+        assert_eq!(batch.uses, [LogitUse::Sample { entry: 0 }]);
+    }
+
+    #[test]
+    fn shorter_block_tables_are_filled_up() {
+        let sequences =
+            Sequences::from([(1, sequence(&[1], 0, &[6])), (2, sequence(&[1, 2, 3, 4, 5], 0, &[3, 4]))]);
+        let batch = batch(&[scheduled(1, 1), scheduled(2, 5)], &sequences);
+        assert_eq!(batch.input.block_tables, [6, 0, 3, 4]);
+        assert_eq!(batch.logit_rows, [0, 5]);
+    }
+
+    #[test]
+    fn prompt_logprobs_take_the_row_before_each_prompt_token() {
+        let mut asked = sequence(&[1, 2, 3, 4], 0, &[0]);
+        asked.prompt_logprobs = true;
+        let sequences = Sequences::from([(1, asked)]);
+        let uses = |num_tokens| batch(&[scheduled(1, num_tokens)], &sequences).uses;
+        let prompt_token = |position| LogitUse::PromptToken { entry: 0, position };
+        assert_eq!(uses(2), [prompt_token(1), prompt_token(2)]);
+        assert_eq!(
+            uses(4),
+            [prompt_token(1), prompt_token(2), prompt_token(3), LogitUse::Sample { entry: 0 }]
+        );
+    }
+
+    #[test]
+    fn a_sequence_that_has_ended_is_skipped_and_reported() {
+        let mut ended = sequence(&[1, 2], 1, &[0]);
+        ended.finished = true;
+        let sequences = Sequences::from([(1, ended), (2, sequence(&[1], 0, &[1]))]);
+        let batch = batch(&[scheduled(1, 1), scheduled(2, 1)], &sequences);
+        assert_eq!(batch.skipped, [1]);
+        assert_eq!(batch.entries, [Entry { sequence_id: 2, num_tokens: 1 }]);
+    }
+}

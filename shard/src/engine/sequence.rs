@@ -1,0 +1,112 @@
+//! What the shard remembers of a sequence between steps.
+
+use std::collections::HashMap;
+
+use proto::v1::{FinishReason, NewSequence, StoppingParameters};
+
+use crate::sampling::Sampler;
+
+/// All sequences that were admitted and not released, by `sequence_id`.
+pub(super) type Sequences = HashMap<u64, Sequence>;
+
+/// One sequence.
+pub(super) struct Sequence {
+    /// Prompt, then generated tokens.
+    pub(super) token_ids: Vec<u32>,
+    /// How many of `token_ids` are the prompt.
+    pub(super) prompt_len: usize,
+    /// How many of `token_ids` have their keys and values in the blocks.
+    pub(super) computed_len: usize,
+    /// In order of position.
+    pub(super) block_ids: Vec<u32>,
+    pub(super) sampler: Sampler,
+    pub(super) top_n_tokens: usize,
+    pub(super) prompt_logprobs: bool,
+    /// Whether it has ended; it is kept until it is released.
+    pub(super) finished: bool,
+    stopping: StoppingParameters,
+}
+
+impl Sequence {
+    /// From a message that has been validated.
+    pub(super) fn new(new: NewSequence) -> Self {
+        let prompt_len = new.prompt_tokens as usize;
+        let (prompt, generated) = new.token_ids.split_at(prompt_len);
+        let sampling = new.sampling.expect("validated: sampling is set");
+        Self {
+            sampler: Sampler::new(&sampling, prompt, generated),
+            prompt_len,
+            computed_len: new.computed_tokens as usize,
+            block_ids: new.block_ids,
+            top_n_tokens: new.top_n_tokens as usize,
+            prompt_logprobs: new.prompt_logprobs,
+            finished: false,
+            stopping: new.stopping.expect("validated: stopping is set"),
+            token_ids: new.token_ids,
+        }
+    }
+
+    /// How many known tokens are not computed yet.
+    pub(super) fn pending_len(&self) -> usize {
+        self.token_ids.len() - self.computed_len
+    }
+
+    /// Appends a token that was chosen, and says whether the sequence ends with it.
+    pub(super) fn push(&mut self, token_id: u32, eos_token_ids: &[u32]) -> FinishReason {
+        self.token_ids.push(token_id);
+        self.sampler.push(token_id);
+        let reason = if !self.stopping.ignore_eos && eos_token_ids.contains(&token_id) {
+            FinishReason::Eos
+        } else if self.token_ids.len() - self.prompt_len >= self.stopping.max_new_tokens as usize {
+            FinishReason::Length
+        } else {
+            FinishReason::Unspecified
+        };
+        self.finished = reason != FinishReason::Unspecified;
+        reason
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proto::v1::SamplingParameters;
+
+    use super::*;
+    use crate::sampling::neutral_parameters;
+
+    /// A sequence that the shard does not know yet: greedy, at most 16 new tokens.
+    pub(in crate::engine) fn new_sequence(sequence_id: u64, token_ids: &[u32]) -> NewSequence {
+        NewSequence {
+            sequence_id,
+            token_ids: token_ids.to_vec(),
+            prompt_tokens: token_ids.len() as u32,
+            sampling: Some(SamplingParameters { temperature: 0.0, ..neutral_parameters() }),
+            stopping: Some(StoppingParameters { max_new_tokens: 16, ignore_eos: false }),
+            ..NewSequence::default()
+        }
+    }
+
+    fn sequence(max_new_tokens: u32, ignore_eos: bool, generated: &[u32]) -> Sequence {
+        let mut new = new_sequence(1, &[10, 11]);
+        new.token_ids.extend_from_slice(generated);
+        new.stopping = Some(StoppingParameters { max_new_tokens, ignore_eos });
+        Sequence::new(new)
+    }
+
+    #[test]
+    fn a_sequence_ends_with_an_eos_token_unless_it_is_ignored() {
+        assert_eq!(sequence(5, false, &[]).push(2, &[1, 2]), FinishReason::Eos);
+        assert_eq!(sequence(5, true, &[]).push(2, &[1, 2]), FinishReason::Unspecified);
+        assert_eq!(sequence(1, false, &[]).push(2, &[1, 2]), FinishReason::Eos);
+        assert_eq!(sequence(1, true, &[]).push(2, &[1, 2]), FinishReason::Length);
+    }
+
+    #[test]
+    fn tokens_generated_before_a_preemption_count_for_the_length() {
+        let mut sequence = sequence(3, false, &[20, 21]);
+        assert_eq!(sequence.pending_len(), 4);
+        assert_eq!(sequence.push(22, &[1]), FinishReason::Length);
+        assert!(sequence.finished);
+        assert_eq!(sequence.token_ids, [10, 11, 20, 21, 22]);
+    }
+}

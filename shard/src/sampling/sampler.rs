@@ -1,0 +1,164 @@
+//! One sequence's way from logits to a token.
+
+use proto::v1::{SampledToken, SamplingParameters};
+
+use super::{Distribution, History, LogSoftmax, LogitsProcessor, NotFinite, PROCESSORS, choose, is_greedy};
+
+/// Chooses the tokens of one sequence.
+pub(crate) struct Sampler {
+    processors: Vec<Box<dyn LogitsProcessor>>,
+    history: History,
+    seed: u64,
+    greedy: bool,
+}
+
+/// Buffers of one row; kept from step to step.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    distribution: Distribution,
+}
+
+impl Sampler {
+    /// For a sequence that begins with `prompt` and has `generated` tokens already (after a preemption). Parameters
+    /// are in their ranges, and ids below the vocabulary's size.
+    pub(crate) fn new(parameters: &SamplingParameters, prompt: &[u32], generated: &[u32]) -> Self {
+        let mut history = History::new(parameters);
+        prompt.iter().for_each(|&token_id| history.push_prompt(token_id));
+        generated.iter().for_each(|&token_id| history.push_generated(token_id));
+        Self {
+            processors: PROCESSORS.iter().filter_map(|build| build(parameters)).collect(),
+            history,
+            seed: parameters.seed,
+            greedy: is_greedy(parameters),
+        }
+    }
+
+    /// Chooses the token at `position` (0-based in the sequence) from its row of logits, and reports its
+    /// log-probability and the `top_n` most likely tokens in the raw distribution.
+    pub(crate) fn sample(
+        &self,
+        logits: &[f32],
+        position: u64,
+        top_n: usize,
+        scratch: &mut Scratch,
+    ) -> Result<SampledToken, NotFinite> {
+        let softmax = LogSoftmax::of(logits)?;
+        let token_id = self.choose(logits, position, &mut scratch.distribution);
+        let logprob = softmax.logprob(logits[token_id as usize]);
+        Ok(SampledToken { token_id, logprob, top: softmax.most_likely(logits, top_n) })
+    }
+
+    /// Takes note of a token that was chosen, by this rank or another.
+    pub(crate) fn push(&mut self, token_id: u32) {
+        self.history.push_generated(token_id);
+    }
+
+    fn choose(&self, logits: &[f32], position: u64, distribution: &mut Distribution) -> u32 {
+        if self.greedy && self.processors.is_empty() {
+            return choose::most_likely(logits);
+        }
+        distribution.reset(logits);
+        for processor in &self.processors {
+            processor.process(&self.history, distribution);
+        }
+        if self.greedy {
+            choose::most_likely(distribution.logits())
+        } else {
+            choose::at_random(distribution, self.seed, position)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::neutral_parameters;
+    use super::*;
+
+    fn row(salt: u32, vocab_size: u32) -> Vec<f32> {
+        (0..vocab_size).map(|id| ((id * 7919 + salt * 104_729) % 997) as f32 / 100.0).collect()
+    }
+
+    fn parameters() -> SamplingParameters {
+        SamplingParameters {
+            temperature: 0.8,
+            top_k: 50,
+            top_p: 0.95,
+            min_p: 0.01,
+            typical_p: 0.98,
+            seed: 99,
+            repetition_penalty: 1.2,
+            frequency_penalty: 0.1,
+            presence_penalty: 0.1,
+            logit_bias: vec![proto::v1::LogitBias { token_id: 3, bias: 1.0 }],
+        }
+    }
+
+    fn run(sampler: &mut Sampler, scratch: &mut Scratch, positions: std::ops::Range<u64>) -> Vec<u32> {
+        positions
+            .map(|position| {
+                let logits = row(position as u32, 400);
+                let token_id = sampler.sample(&logits, position, 0, scratch).unwrap().token_id;
+                sampler.push(token_id);
+                token_id
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_token_does_not_depend_on_company_that_used_the_buffers_before() {
+        let mut alone = Sampler::new(&parameters(), &[1, 2], &[]);
+        let expected = run(&mut alone, &mut Scratch::default(), 2..40);
+
+        let mut scratch = Scratch::default();
+        let mut company = Sampler::new(&SamplingParameters { seed: 5, ..parameters() }, &[7], &[]);
+        let mut sampler = Sampler::new(&parameters(), &[1, 2], &[]);
+        let mut tokens = Vec::new();
+        for position in 2..40 {
+            company.sample(&row(1000 + position as u32, 500), position, 3, &mut scratch).unwrap();
+            tokens.extend(run(&mut sampler, &mut scratch, position..position + 1));
+        }
+        assert_eq!(tokens, expected);
+    }
+
+    #[test]
+    fn a_sampler_made_in_the_middle_goes_on_as_if_it_had_made_the_beginning() {
+        let mut scratch = Scratch::default();
+        let expected = run(&mut Sampler::new(&parameters(), &[1, 2], &[]), &mut scratch, 2..40);
+        let mut resumed = Sampler::new(&parameters(), &[1, 2], &expected[..20]);
+        assert_eq!(run(&mut resumed, &mut scratch, 22..40), expected[20..]);
+    }
+
+    #[test]
+    fn bias_and_penalties_hold_for_greedy_choice_and_truncation_does_not() {
+        let greedy = |parameters: SamplingParameters| {
+            let parameters = SamplingParameters { temperature: 0.0, ..parameters };
+            let sampler = Sampler::new(&parameters, &[2], &[]);
+            sampler.sample(&[1.0, 2.0, 3.0], 1, 0, &mut Scratch::default()).unwrap().token_id
+        };
+        assert_eq!(greedy(neutral_parameters()), 2);
+        assert_eq!(greedy(SamplingParameters { repetition_penalty: 4.0, ..neutral_parameters() }), 1);
+        let logit_bias = vec![proto::v1::LogitBias { token_id: 0, bias: 5.0 }];
+        assert_eq!(greedy(SamplingParameters { logit_bias, ..neutral_parameters() }), 0);
+        assert_eq!(greedy(SamplingParameters { typical_p: 0.01, min_p: 1.0, ..neutral_parameters() }), 2);
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_raw_distribution() {
+        let logits = [0.0, 1.0, 2.0];
+        let sampler = Sampler::new(&parameters(), &[2], &[2, 2]);
+        let sampled = sampler.sample(&logits, 3, 2, &mut Scratch::default()).unwrap();
+        let softmax = LogSoftmax::of(&logits).unwrap();
+        assert_eq!(sampled.logprob, softmax.logprob(logits[sampled.token_id as usize]));
+        assert_eq!(sampled.top.iter().map(|token| token.token_id).collect::<Vec<u32>>(), [2, 1]);
+        assert_eq!(sampled.top[0].logprob, softmax.logprob(2.0));
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_is_refused_whatever_the_parameters() {
+        let mut scratch = Scratch::default();
+        for parameters in [neutral_parameters(), parameters(), SamplingParameters::default()] {
+            let sampler = Sampler::new(&parameters, &[0], &[]);
+            assert_eq!(sampler.sample(&[0.0, f32::NAN, 1.0, 0.0], 1, 0, &mut scratch), Err(NotFinite));
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The server: all services on one socket, from the start of loading until the end.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use kernels::collective::{Local, SharedMemory};
+use kernels::{Communicator, Context};
+use proto::client::MAX_MESSAGE_BYTES;
+use proto::v1::InfoResponse;
+use proto::v1::shard_server::ShardServer;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::server::NamedService;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use super::shard::ShardService;
+use super::socket::Socket;
+use crate::config::{ShardConfig, ShardPlacement};
+use crate::engine::{Engine, EngineEvents, EngineHandle, spawn};
+use crate::models;
+
+/// How long ranks wait for each other, when they join and in each operation: longer than ranks differ in mapping and
+/// first reading their weights from a slow disk, shorter than a person's patience.
+const PEER_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long answers on their way may take to be written when the server ends.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Serves one rank until `shutdown` completes, or with an error when the model cannot be loaded or computed. The socket
+/// is there while the model is still being loaded, and removed at the end.
+pub async fn serve(
+    config: ShardConfig,
+    placement: ShardPlacement,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    check(&placement)?;
+    let (_socket, listener) = Socket::bind(&placement.uds_path)?;
+    let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+    let (engine, events) =
+        spawn(move || load(&config, &placement)).context("starting the engine's thread")?;
+    let (info_sender, info) = watch::channel(None);
+    let (health, router) = services(engine, info).await?;
+
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let mut server = std::pin::pin!(router.serve_with_incoming_shutdown(incoming, async {
+        let _ = stopped.await;
+    }));
+    let outcome = tokio::select! {
+        result = &mut server => return result.context("serving the socket"),
+        () = shutdown => Ok(()),
+        outcome = follow(events, info_sender, &health) => outcome,
+    };
+    set_health(&health, ServingStatus::NotServing).await;
+    let _ = stop.send(());
+    // Streams end with the engine's last answer; a client that does not read it must not keep this process.
+    let _ = tokio::time::timeout(LAST_WORDS, server).await;
+    outcome
+}
+
+/// What clap cannot check.
+fn check(placement: &ShardPlacement) -> anyhow::Result<()> {
+    let ShardPlacement { rank, world_size, rendezvous, num_threads, .. } = placement;
+    ensure!(rank < world_size, "--rank is {rank} but must be below --world-size, which is {world_size}");
+    ensure!(
+        *world_size == 1 || rendezvous.is_some(),
+        "--world-size is {world_size}: give all ranks the same --rendezvous file to meet at"
+    );
+    ensure!(*num_threads != Some(0), "--num-threads is 0 but must be at least 1");
+    Ok(())
+}
+
+/// Runs on the engine's thread.
+fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engine> {
+    let ShardPlacement { model_dir, rank, world_size, .. } = placement;
+    let model = models::load(model_dir, config.dtype, *rank, *world_size)?;
+    let communicator: Box<dyn Communicator> = match &placement.rendezvous {
+        Some(path) if *world_size > 1 => Box::new(join(path, *rank, *world_size)?),
+        _ => Box::new(Local),
+    };
+    let context = Context::cpu(placement.num_threads.unwrap_or_else(|| default_threads(*world_size)));
+    tracing::info!(rank, world_size, num_threads = context.num_threads(), "model loaded");
+    Ok(Engine::new(model, context, communicator))
+}
+
+fn join(path: &Path, rank: usize, world_size: usize) -> anyhow::Result<SharedMemory> {
+    SharedMemory::join(path, rank, world_size, PEER_TIMEOUT)
+        .with_context(|| format!("joining {world_size} ranks at {}", path.display()))
+}
+
+fn default_threads(world_size: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (cores / world_size).max(1)
+}
+
+/// Reports the engine's progress; returns when it has ended.
+async fn follow(
+    events: EngineEvents,
+    info: watch::Sender<Option<InfoResponse>>,
+    health: &HealthReporter,
+) -> anyhow::Result<()> {
+    if let Ok(loaded) = events.loaded.await {
+        info.send_replace(Some(loaded));
+        set_health(health, ServingStatus::Serving).await;
+    }
+    match events.ended.await {
+        Ok(outcome) => outcome,
+        Err(_) => bail!("the engine's thread panicked; the log says where"),
+    }
+}
+
+async fn services(
+    engine: EngineHandle,
+    info: watch::Receiver<Option<InfoResponse>>,
+) -> anyhow::Result<(HealthReporter, Router)> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    set_health(&reporter, ServingStatus::NotServing).await;
+    let shard = ShardServer::new(ShardService::new(engine, info))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let router = Server::builder()
+        .add_service(shard)
+        .add_service(health)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?);
+    Ok((reporter, router))
+}
+
+/// Both versions describe all services, themselves included.
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+        .include_reflection_service(false)
+}
+
+/// Of the process (the empty name) and of the service.
+async fn set_health(reporter: &HealthReporter, status: ServingStatus) {
+    reporter.set_service_status("", status).await;
+    reporter.set_service_status(ShardServer::<ShardService>::NAME, status).await;
+}
