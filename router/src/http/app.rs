@@ -1,0 +1,200 @@
+//! What the endpoints share: the way from a request to its streams, and whether there is one.
+
+use std::sync::{Arc, OnceLock, RwLock};
+use std::time::{Duration, Instant};
+
+use futures::future::try_join_all;
+use futures::stream::{self, BoxStream, StreamExt};
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use crate::config::RouterConfig;
+use crate::error::RequestError;
+use crate::metrics;
+use crate::scheduler::{SchedulerHandle, ServingInfo, Status, SubmitError, TokenEvent, TokenRequest};
+use crate::stream::{Generated, GenerationStream, StreamInput};
+use crate::text::tokenizer::Tokenizer;
+use crate::validate::{GenerationRequest, Validator};
+
+/// State of all endpoints.
+pub(crate) struct App {
+    /// Name under which the model is served.
+    pub(crate) model_name: String,
+    /// The router's settings, for `/info`.
+    pub(crate) config: RouterConfig,
+    /// The model's tokenizer.
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    /// What `/metrics` renders; absent in tests.
+    pub(crate) metrics: Option<PrometheusHandle>,
+    /// When the process started, in seconds since 1970.
+    pub(crate) started_at: u64,
+    serving: OnceLock<Serving>,
+    /// Written some times in the process's life, read by probes.
+    readiness: RwLock<Readiness>,
+}
+
+/// What is there once the shards are ready.
+pub(crate) struct Serving {
+    /// Limits and facts.
+    pub(crate) info: ServingInfo,
+    /// Makes valid requests.
+    pub(crate) validator: Validator,
+    /// Takes them.
+    pub(crate) backend: Box<dyn Backend>,
+}
+
+/// Takes requests for tokens: the scheduler, or a script in tests.
+pub(crate) trait Backend: Send + Sync + 'static {
+    /// Takes all of `requests` or none. A stream ends with a `Token` with an `end`, or `Failed`.
+    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError>;
+
+    /// Whether requests are taken.
+    fn status(&self) -> Status;
+}
+
+impl Backend for SchedulerHandle {
+    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
+        let streams = SchedulerHandle::submit(self, requests)?;
+        let into_stream = |stream| {
+            stream::unfold(stream, |mut stream: crate::scheduler::TokenStream| async move {
+                stream.next().await.map(|event| (event, stream))
+            })
+            .boxed()
+        };
+        Ok(streams.into_iter().map(into_stream).collect())
+    }
+
+    fn status(&self) -> Status {
+        SchedulerHandle::status(self)
+    }
+}
+
+/// Whether requests are served, for people and probes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// Not yet, for this reason.
+    Starting(&'static str),
+    /// Yes.
+    Ready,
+    /// Not any more: shutting down.
+    Draining,
+    /// Not any more: the shards are gone.
+    Failed(String),
+}
+
+/// A request that is being generated.
+pub(crate) struct Generation {
+    /// Each prompt's choices, one after the other.
+    pub(crate) streams: Vec<GenerationStream>,
+    /// The requests as they were submitted, without their prompts' ids where nobody needs them.
+    pub(crate) sequences: Vec<TokenRequest>,
+    /// Tokens of the prompts, each counted once.
+    pub(crate) prompt_tokens: usize,
+    /// When the request arrived.
+    pub(crate) arrived: Instant,
+    /// Time spent on checking, templating and tokenizing.
+    pub(crate) validation_time: Duration,
+}
+
+impl App {
+    /// Nothing is served yet.
+    pub(crate) fn new(
+        model_name: String,
+        config: RouterConfig,
+        tokenizer: Arc<Tokenizer>,
+        metrics: Option<PrometheusHandle>,
+    ) -> Self {
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Self {
+            model_name,
+            config,
+            tokenizer,
+            metrics,
+            started_at: since_1970.map_or(0, |since| since.as_secs()),
+            serving: OnceLock::new(),
+            readiness: RwLock::new(Readiness::Starting("the router is starting")),
+        }
+    }
+
+    /// The shards are ready. Once only.
+    pub(crate) fn serve(&self, serving: Serving) {
+        assert!(self.serving.set(serving).is_ok(), "serving begins once");
+        self.set_starting_or_ready(Readiness::Ready);
+    }
+
+    /// Where the start is, for probes.
+    pub(crate) fn set_starting(&self, reason: &'static str) {
+        self.set_starting_or_ready(Readiness::Starting(reason));
+    }
+
+    /// The router shuts down, whether it has been ready or not.
+    pub(crate) fn set_draining(&self) {
+        *self.readiness.write().expect("no holder of the lock panics") = Readiness::Draining;
+    }
+
+    fn set_starting_or_ready(&self, to: Readiness) {
+        let mut readiness = self.readiness.write().expect("no holder of the lock panics");
+        if matches!(*readiness, Readiness::Starting(_)) {
+            *readiness = to;
+        }
+    }
+
+    /// Whether requests are served.
+    pub(crate) fn readiness(&self) -> Readiness {
+        let known = self.readiness.read().expect("no holder of the lock panics").clone();
+        match (known, self.serving.get().map(|serving| serving.backend.status())) {
+            (Readiness::Ready, Some(Status::Draining)) => Readiness::Draining,
+            (Readiness::Ready, Some(Status::Failed(reason))) => Readiness::Failed(reason),
+            (known, _) => known,
+        }
+    }
+
+    /// What is served; refused until it is.
+    pub(crate) fn serving(&self) -> Result<&Serving, RequestError> {
+        if self.readiness() == Readiness::Draining {
+            return Err(SubmitError::Draining.into());
+        }
+        self.serving.get().ok_or(SubmitError::Unavailable.into())
+    }
+
+    /// What is or was served, for facts about it.
+    pub(crate) fn serving_info(&self) -> Option<&ServingInfo> {
+        self.serving.get().map(|serving| &serving.info)
+    }
+
+    /// Checks a request and submits it. To let go of it, drop it.
+    pub(crate) async fn generate(
+        &self,
+        request: GenerationRequest,
+        arrived: Instant,
+    ) -> Result<Generation, RequestError> {
+        let serving = self.serving()?;
+        let valid = serving.validator.validate(request).await?;
+        let validation_time = arrived.elapsed();
+        metrics::record_validation(validation_time);
+        let events = serving.backend.submit(valid.sequences.clone())?;
+        let streams = events
+            .into_iter()
+            .zip(&valid.sequences)
+            .map(|(events, sequence)| {
+                metrics::record_sequence_submitted(sequence.prompt.len(), sequence.max_new_tokens);
+                let input =
+                    StreamInput { events, prompt: sequence.prompt.clone(), stop: valid.stop.clone(), arrived };
+                GenerationStream::new(Arc::clone(&self.tokenizer), input)
+            })
+            .collect();
+        Ok(Generation {
+            streams,
+            sequences: valid.sequences,
+            prompt_tokens: valid.prompt_tokens,
+            arrived,
+            validation_time,
+        })
+    }
+}
+
+impl Generation {
+    /// Waits for all sequences. If one fails, the others are cancelled.
+    pub(crate) async fn collect(self) -> Result<Vec<Generated>, RequestError> {
+        Ok(try_join_all(self.streams.into_iter().map(GenerationStream::collect)).await?)
+    }
+}

@@ -1,0 +1,331 @@
+//! `POST /generate` and `POST /generate_stream`, as TGI has them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, HeaderValue};
+use proto::units::TokenId;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::app::{App, Generation};
+use super::error::{self, TgiError};
+use super::fields::Fields;
+use super::sse::{self, Frames};
+use crate::error::RequestError;
+use crate::metrics;
+use crate::scheduler::{Failure, Token};
+use crate::stream::{FinishReason, Generated, GeneratedToken};
+use crate::text::tokenizer::Tokenizer;
+use crate::validate::{Dialect, GenerationRequest, Prompt, SamplingParameters};
+
+/// Continues a prompt and answers when it is done.
+pub(super) async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
+    metrics::record_request();
+    answer(&app, request, Mode::Whole).await.map_err(recorded)
+}
+
+/// Continues a prompt and tells each token.
+pub(super) async fn generate_stream(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
+    metrics::record_request();
+    answer(&app, request, Mode::Stream).await.map_err(recorded)
+}
+
+fn recorded(error: RequestError) -> TgiError {
+    error::record(&error);
+    error.into()
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Whole,
+    Stream,
+}
+
+async fn answer(app: &Arc<App>, request: Request, mode: Mode) -> Result<Response, RequestError> {
+    let arrived = Instant::now();
+    app.serving()?;
+    let TgiRequest { inputs, generation, report } = TgiRequest::take(Fields::read(request).await?)?;
+    if mode == Mode::Stream && report.prefill {
+        let message = "`decoder_input_details` == true is not supported when streaming tokens";
+        return Err(RequestError::invalid("decoder_input_details", message));
+    }
+    let input_characters = inputs.chars().count();
+    let generation = app.generate(generation, arrived).await?;
+    let full_text_before = if report.full_text { inputs } else { String::new() };
+    match mode {
+        Mode::Whole => whole(app, report, full_text_before, input_characters, generation).await,
+        Mode::Stream => stream(app, report, full_text_before, input_characters, generation).await,
+    }
+}
+
+/// What the client wrote.
+struct TgiRequest {
+    inputs: String,
+    generation: GenerationRequest,
+    report: Report,
+}
+
+/// What the answer tells beside the text.
+#[derive(Clone, Copy)]
+struct Report {
+    details: bool,
+    prefill: bool,
+    top_tokens: bool,
+    full_text: bool,
+}
+
+impl TgiRequest {
+    fn take(mut fields: Fields) -> Result<Self, RequestError> {
+        let inputs: String = fields.require("inputs")?;
+        let given = fields.object("parameters")?;
+        // TGI samples where no parameters are given at all.
+        let do_sample_default = given.is_none();
+        let mut parameters = given.unwrap_or_default();
+        parameters.refuse("best_of", |value| value.as_u64() == Some(1), "send several requests, and choose one")?;
+        parameters.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
+        parameters.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in `inputs`")?;
+        parameters.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
+        let sampling = SamplingParameters {
+            do_sample: Some(parameters.take("do_sample")?.unwrap_or(do_sample_default)),
+            temperature: parameters.take("temperature")?,
+            top_k: parameters.take("top_k")?,
+            top_p: parameters.take("top_p")?,
+            min_p: None,
+            typical_p: parameters.take("typical_p")?,
+            seed: parameters.seed()?,
+            repetition_penalty: parameters.take("repetition_penalty")?,
+            frequency_penalty: parameters.take("frequency_penalty")?,
+            presence_penalty: None,
+            logit_bias: Vec::new(),
+        };
+        let top_n_tokens: u32 = parameters.take("top_n_tokens")?.unwrap_or(0);
+        let prefill = parameters.take("decoder_input_details")?.unwrap_or(false);
+        let report = Report {
+            details: parameters.take("details")?.unwrap_or(false) || prefill,
+            prefill,
+            top_tokens: top_n_tokens > 0,
+            full_text: parameters.take("return_full_text")?.unwrap_or(false),
+        };
+        let generation = GenerationRequest {
+            prompt: Prompt::Texts(vec![inputs.clone()]),
+            dialect: Dialect::Tgi,
+            sampling,
+            max_new_tokens: parameters.take("max_new_tokens")?,
+            ignore_eos: false,
+            top_n_tokens,
+            prompt_logprobs: prefill,
+            stop: parameters.strings("stop")?,
+            n: 1,
+            truncate: parameters.take("truncate")?,
+        };
+        parameters.finish();
+        // What `/` needs to know; these two paths say it themselves.
+        fields.without_effect(&["stream"]);
+        fields.finish();
+        Ok(Self { inputs, generation, report })
+    }
+}
+
+/// A token as TGI writes it. Log-probabilities that are not finite are null.
+#[derive(Serialize)]
+struct TokenJson {
+    id: TokenId,
+    text: String,
+    logprob: f32,
+    special: bool,
+}
+
+/// A token of the prompt. The first one has no log-probability.
+#[derive(Serialize)]
+struct PrefillToken {
+    id: TokenId,
+    text: String,
+    logprob: Option<f32>,
+}
+
+fn generated_token(tokenizer: &Tokenizer, token: &GeneratedToken) -> TokenJson {
+    let text = if token.special { tokenizer.token_text(token.token.id) } else { token.text.clone() };
+    TokenJson { id: token.token.id, text, logprob: token.token.logprob, special: token.special }
+}
+
+fn top_tokens(tokenizer: &Tokenizer, token: &Token) -> Vec<TokenJson> {
+    let json = |(id, logprob): &(TokenId, f32)| TokenJson {
+        id: *id,
+        text: tokenizer.token_text(*id),
+        logprob: *logprob,
+        special: tokenizer.is_special(*id),
+    };
+    token.top.iter().map(json).collect()
+}
+
+fn prefill_tokens(tokenizer: &Tokenizer, prompt: &[TokenId], rest: &[Token]) -> Vec<PrefillToken> {
+    let logprobs = std::iter::once(None).chain(rest.iter().map(|token| Some(token.logprob)));
+    let json = |(id, logprob): (&TokenId, _)| PrefillToken { id: *id, text: tokenizer.token_text(*id), logprob };
+    prompt.iter().zip(logprobs).map(json).collect()
+}
+
+/// TGI's word.
+fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Eos => "eos_token",
+        FinishReason::Length => "length",
+        FinishReason::StopString => "stop_sequence",
+    }
+}
+
+/// The answer in one piece.
+async fn whole(
+    app: &App,
+    report: Report,
+    full_text_before: String,
+    input_characters: usize,
+    mut generation: Generation,
+) -> Result<Response, RequestError> {
+    let sequence = generation.sequences.remove(0);
+    let (arrived, validation) = (generation.arrived, generation.validation_time);
+    let generated = generation.collect().await?.remove(0);
+    let details = report.details.then(|| {
+        let tokenizer = &app.tokenizer;
+        let mut details = json!({
+            "finish_reason": finish_reason(generated.end.reason),
+            "generated_tokens": generated.end.generated_tokens,
+            "seed": seed(&sequence),
+            "prefill": match report.prefill {
+                true => prefill_tokens(tokenizer, &sequence.prompt, &generated.prompt),
+                false => Vec::new(),
+            },
+            "tokens": generated.tokens.iter().map(|token| generated_token(tokenizer, token)).collect::<Vec<_>>(),
+        });
+        if report.top_tokens {
+            let tops = generated.tokens.iter().map(|token| top_tokens(tokenizer, &token.token));
+            details["top_tokens"] = json!(tops.collect::<Vec<_>>());
+        }
+        details
+    });
+    let times = Times { total: arrived.elapsed(), validation };
+    let headers = headers(&times, input_characters, sequence.prompt.len(), &generated);
+    let mut body = json!({"generated_text": full_text_before + &generated.text});
+    if let Some(details) = details {
+        body["details"] = details;
+    }
+    Ok((headers, Json(body)).into_response())
+}
+
+/// The seed that was used; none where nothing was drawn.
+fn seed(sequence: &crate::scheduler::TokenRequest) -> Option<u64> {
+    (sequence.sampling.temperature > 0.0).then_some(sequence.sampling.seed)
+}
+
+struct Times {
+    total: Duration,
+    validation: Duration,
+}
+
+fn headers(times: &Times, input_characters: usize, prompt_tokens: usize, generated: &Generated) -> HeaderMap {
+    let timings = generated.end.timings;
+    let tokens = generated.end.generated_tokens;
+    let milliseconds = |duration: Duration| HeaderValue::from(duration.as_millis() as u64);
+    let mut headers = compute_headers(input_characters);
+    let seconds = format!("{:.6}", times.total.as_secs_f64());
+    headers.insert("x-compute-time", HeaderValue::try_from(seconds).expect("digits are valid in a header"));
+    headers.insert("x-total-time", milliseconds(times.total));
+    headers.insert("x-validation-time", milliseconds(times.validation));
+    headers.insert("x-queue-time", milliseconds(timings.queue));
+    headers.insert("x-inference-time", milliseconds(timings.inference));
+    headers.insert("x-time-per-token", milliseconds(timings.inference / tokens.max(1)));
+    headers.insert("x-prompt-tokens", HeaderValue::from(prompt_tokens));
+    headers.insert("x-generated-tokens", HeaderValue::from(tokens));
+    headers
+}
+
+fn compute_headers(input_characters: usize) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("x-compute-type", HeaderValue::from_static("cpu"));
+    headers.insert("x-compute-characters", HeaderValue::from(input_characters));
+    headers
+}
+
+/// The answer token by token.
+async fn stream(
+    app: &App,
+    report: Report,
+    full_text_before: String,
+    input_characters: usize,
+    mut generation: Generation,
+) -> Result<Response, RequestError> {
+    let sequence = generation.sequences.remove(0);
+    let frames = GenerateFrames {
+        tokenizer: Arc::clone(&app.tokenizer),
+        report,
+        text: full_text_before,
+        index: 0,
+        seed: seed(&sequence),
+        prompt_tokens: sequence.prompt.len(),
+    };
+    let mut response = sse::response(generation.streams, frames).await?;
+    response.headers_mut().extend(compute_headers(input_characters));
+    Ok(response)
+}
+
+struct GenerateFrames {
+    tokenizer: Arc<Tokenizer>,
+    report: Report,
+    /// All text so far.
+    text: String,
+    /// Tokens so far.
+    index: u32,
+    seed: Option<u64>,
+    prompt_tokens: usize,
+}
+
+#[derive(Serialize)]
+struct StreamFrame {
+    index: u32,
+    token: TokenJson,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_tokens: Option<Vec<TokenJson>>,
+    generated_text: Option<String>,
+    details: Option<StreamDetails>,
+}
+
+#[derive(Serialize)]
+struct StreamDetails {
+    finish_reason: &'static str,
+    generated_tokens: u32,
+    seed: Option<u64>,
+    input_length: usize,
+}
+
+impl Frames for GenerateFrames {
+    fn token(&mut self, _: usize, token: GeneratedToken) -> String {
+        self.index += 1;
+        self.text.push_str(&token.text);
+        let details = token.end.as_ref().filter(|_| self.report.details).map(|end| StreamDetails {
+            finish_reason: finish_reason(end.reason),
+            generated_tokens: end.generated_tokens,
+            seed: self.seed,
+            input_length: self.prompt_tokens,
+        });
+        sse::data(&StreamFrame {
+            index: self.index,
+            token: generated_token(&self.tokenizer, &token),
+            top_tokens: self.report.top_tokens.then(|| top_tokens(&self.tokenizer, &token.token)),
+            generated_text: token.end.map(|_| std::mem::take(&mut self.text)),
+            details,
+        })
+    }
+
+    fn failed(&mut self, failure: Failure) -> String {
+        let failure = RequestError::Failed(failure);
+        error::record(&failure);
+        sse::data(&error::tgi_body(&failure))
+    }
+
+    fn end(&mut self) -> String {
+        String::new()
+    }
+}
