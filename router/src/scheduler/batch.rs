@@ -228,3 +228,99 @@ pub(crate) struct Scheduled {
     /// Blocks appended to its block table.
     pub(crate) new_blocks: Vec<BlockId>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Budget = Budget { max_prefill_tokens: 16, max_sequences: 4, block_size: 4 };
+
+    /// One that has `computed` of `len` tokens, and the blocks for them.
+    fn candidate(request: u64, len: usize, computed: usize) -> Candidate {
+        let num_blocks = computed.div_ceil(BUDGET.block_size);
+        Candidate { request: RequestId(request), len, computed, num_blocks, has_room: true }
+    }
+
+    fn stalled(request: u64, len: usize, computed: usize) -> Candidate {
+        Candidate { has_room: false, ..candidate(request, len, computed) }
+    }
+
+    /// Rows as (request, tokens, new blocks), and who is preempted.
+    fn check(
+        running: &[Candidate],
+        waiting: &[Candidate],
+        free_blocks: usize,
+        rows: &[(u64, usize, usize)],
+        preempt: &[u64],
+    ) {
+        let plan = plan(running, waiting.to_vec(), free_blocks, &BUDGET);
+        let planned = plan.rows.iter().map(|row| (row.request.0, row.num_tokens, row.new_blocks));
+        assert_eq!(planned.collect::<Vec<_>>(), rows);
+        assert_eq!(plan.preempt.iter().map(|request| request.0).collect::<Vec<_>>(), preempt);
+    }
+
+    #[test]
+    fn a_decode_row_gets_a_block_when_it_crosses_into_one() {
+        check(&[candidate(1, 8, 7), candidate(2, 9, 8)], &[], 10, &[(1, 1, 0), (2, 1, 1)], &[]);
+    }
+
+    #[test]
+    fn decode_rows_come_first_and_chunks_share_the_prefill_budget() {
+        let running = [candidate(1, 12, 0), candidate(2, 9, 8)];
+        check(&running, &[candidate(3, 30, 0)], 50, &[(2, 1, 1), (1, 12, 3), (3, 4, 1)], &[]);
+    }
+
+    #[test]
+    fn a_sequence_that_waits_for_its_last_token_gets_no_row() {
+        check(&[candidate(1, 8, 8)], &[], 10, &[], &[]);
+    }
+
+    #[test]
+    fn a_chunk_shrinks_to_the_free_blocks_before_anyone_is_preempted() {
+        check(&[candidate(1, 20, 4), candidate(2, 7, 6)], &[], 1, &[(2, 1, 0), (1, 4, 1)], &[]);
+    }
+
+    #[test]
+    fn stalled_sequences_give_their_blocks_first_then_the_youngest() {
+        let old = candidate(2, 9, 8);
+        check(&[stalled(1, 9, 8), old.clone(), candidate(3, 9, 8)], &[], 0, &[(2, 1, 1), (3, 1, 1)], &[1]);
+        // Two blocks come back, one is needed: the third sequence goes on.
+        check(&[old.clone(), candidate(3, 9, 8), candidate(4, 8, 7)], &[], 0, &[(2, 1, 1), (3, 1, 1)], &[4]);
+        check(&[old], &[], 0, &[], &[]);
+    }
+
+    #[test]
+    fn nobody_is_let_in_by_a_step_that_preempts() {
+        let running = [candidate(1, 9, 8), candidate(2, 13, 12)];
+        check(&running, &[candidate(3, 2, 0)], 0, &[(1, 1, 1)], &[2]);
+    }
+
+    #[test]
+    fn a_request_is_let_in_when_blocks_for_all_its_tokens_are_left_over() {
+        let running = [candidate(1, 40, 16)];
+        // The running prompt still needs six blocks, and each sequence one more to grow.
+        check(&running, &[candidate(2, 8, 0)], 8, &[(1, 16, 4)], &[]);
+        let decoding = [candidate(1, 8, 7)];
+        check(&decoding, &[candidate(2, 8, 0)], 2, &[(1, 1, 0)], &[]);
+        check(&decoding, &[candidate(2, 8, 0)], 3, &[(1, 1, 0), (2, 8, 2)], &[]);
+    }
+
+    #[test]
+    fn who_does_not_fit_holds_up_those_behind_but_a_stalled_reader_does_not() {
+        let running = [candidate(1, 8, 7)];
+        check(&running, &[candidate(2, 100, 0), candidate(3, 4, 0)], 10, &[(1, 1, 0)], &[]);
+        check(&running, &[stalled(2, 8, 0), candidate(3, 4, 0)], 10, &[(1, 1, 0), (3, 4, 1)], &[]);
+    }
+
+    #[test]
+    fn a_step_has_no_more_sequences_than_its_budget() {
+        let running = (1..7).map(|request| candidate(request, 8, 7)).collect::<Vec<_>>();
+        check(&running, &[candidate(9, 4, 0)], 50, &[(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 0)], &[]);
+    }
+
+    #[test]
+    fn the_first_of_an_idle_house_is_let_in_without_a_watermark() {
+        check(&[], &[candidate(1, 8, 0)], 2, &[(1, 8, 2)], &[]);
+        check(&[stalled(1, 8, 8)], &[candidate(2, 8, 0)], 0, &[(2, 8, 2)], &[1]);
+    }
+}

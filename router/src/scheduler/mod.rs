@@ -16,6 +16,9 @@ mod state;
 mod task;
 mod token_stream;
 
+#[cfg(test)]
+mod tests;
+
 pub use handle::{SchedulerHandle, Status};
 pub use request::{EndReason, Failure, Sampling, SubmitError, Token, TokenEvent, TokenRequest};
 pub use start::{ServingInfo, StartError, StartPhase, start};

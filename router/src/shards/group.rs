@@ -87,6 +87,12 @@ impl ShardGroup {
         }
     }
 
+    /// A deadline that a test can wait for.
+    #[cfg(test)]
+    pub(super) fn set_step_deadline(&mut self, step_deadline: Duration) {
+        self.step_deadline = step_deadline;
+    }
+
     /// The oldest step, if all ranks have answered it.
     fn take_complete(&mut self) -> Result<Option<StepAnswer>, ShardError> {
         let Some(oldest) = self.in_flight.front_mut() else { return Ok(None) };

@@ -7,6 +7,9 @@ mod group;
 mod info;
 mod to_proto;
 
+#[cfg(test)]
+mod tests;
+
 pub(crate) use connect::ShardError;
 pub use info::{DataType, Device};
 

@@ -1,0 +1,217 @@
+//! Door, scheduler, shard and readers, moved on one event at a time.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use futures::FutureExt;
+use proto::units::TokenId;
+use tokio::sync::mpsc;
+
+use super::model_shard::{ModelShard, Transcript};
+use crate::scheduler::batch::{Budget, Step};
+use crate::scheduler::handle::SchedulerHandle;
+use crate::scheduler::request::{Failure, Sampling, SubmitError, TokenEvent, TokenRequest};
+use crate::scheduler::state::{Event, Limits, Scheduler};
+use crate::scheduler::token_stream::TokenStream;
+
+pub(super) const SAMPLING: Sampling = Sampling {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    typical_p: 1.0,
+    seed: 0,
+    repetition_penalty: 1.0,
+    frequency_penalty: 0.0,
+    presence_penalty: 0.0,
+    logit_bias: Vec::new(),
+};
+
+/// Blocks of 4 tokens, 64 of them; chunks of 16 tokens; 8 sequences in a step; one step in flight.
+pub(super) const LIMITS: Limits = Limits {
+    num_blocks: 64,
+    budget: Budget { max_prefill_tokens: 16, max_sequences: 8, block_size: 4 },
+    steps_in_flight: 1,
+};
+
+/// A request for `max_new_tokens`, whatever is sampled. Its prompt is made from `first`, which makes it unlike others.
+pub(super) fn request(first: u32, prompt_tokens: usize, max_new_tokens: u32) -> TokenRequest {
+    TokenRequest {
+        prompt: (0..prompt_tokens as u32).map(|position| TokenId(first * 1000 + position)).collect(),
+        sampling: SAMPLING,
+        max_new_tokens,
+        ignore_eos: true,
+        top_n_tokens: 1,
+        prompt_logprobs: false,
+    }
+}
+
+pub(super) struct House {
+    pub(super) handle: SchedulerHandle,
+    pub(super) scheduler: Scheduler,
+    pub(super) shard: ModelShard,
+    /// All that ever came through the door.
+    pub(super) readers: Vec<Reader>,
+    /// Sent and not answered, oldest first.
+    pub(super) in_flight: VecDeque<Step>,
+    /// Every step that was ever sent.
+    pub(super) sent: Vec<Step>,
+    events: mpsc::UnboundedReceiver<Event>,
+}
+
+/// A reader and what it has read.
+pub(super) struct Reader {
+    pub(super) request: TokenRequest,
+    /// Absent once it has gone away.
+    pub(super) stream: Option<TokenStream>,
+    pub(super) transcript: Transcript,
+    pub(super) starts: usize,
+    pub(super) failure: Option<Failure>,
+    /// Whether the stream has ended.
+    pub(super) ended: bool,
+}
+
+impl House {
+    /// A house for 64 requests.
+    pub(super) fn new(limits: Limits) -> Self {
+        Self::with_places(limits, 64)
+    }
+
+    pub(super) fn with_places(limits: Limits, places: u32) -> Self {
+        let kv_cache_tokens = limits.num_blocks as usize * limits.budget.block_size;
+        let (handle, events) = SchedulerHandle::new(places, kv_cache_tokens);
+        Self {
+            handle,
+            scheduler: Scheduler::new(limits),
+            shard: ModelShard::new(limits),
+            readers: Vec::new(),
+            in_flight: VecDeque::new(),
+            sent: Vec::new(),
+            events,
+        }
+    }
+
+    /// Submits and lets the scheduler see it. Returns the index of the first of the readers.
+    pub(super) fn submit(&mut self, requests: Vec<TokenRequest>) -> Result<usize, SubmitError> {
+        let first = self.readers.len();
+        let streams = self.handle.submit(requests.clone())?;
+        self.readers.extend(requests.into_iter().zip(streams).map(|(request, stream)| Reader {
+            request,
+            stream: Some(stream),
+            transcript: Transcript::default(),
+            starts: 0,
+            failure: None,
+            ended: false,
+        }));
+        self.pump();
+        Ok(first)
+    }
+
+    /// Submits one request, which must be taken.
+    pub(super) fn submit_one(&mut self, request: TokenRequest) -> usize {
+        self.submit(vec![request]).expect("there is room in the house")
+    }
+
+    /// Drops a reader's stream.
+    pub(super) fn cancel(&mut self, reader: usize) {
+        self.readers[reader].stream = None;
+        self.pump();
+    }
+
+    /// Lets a reader read up to `num_events` of the events that are there.
+    pub(super) fn read(&mut self, reader: usize, num_events: usize) {
+        self.readers[reader].read(num_events);
+        self.pump();
+    }
+
+    /// Lets all readers read all that is there.
+    pub(super) fn read_all(&mut self) {
+        for reader in &mut self.readers {
+            reader.read(usize::MAX);
+        }
+        self.pump();
+    }
+
+    /// Answers the oldest step in flight, and sends what follows. Returns whether there was one.
+    pub(super) fn answer(&mut self) -> bool {
+        let Some(step) = self.in_flight.pop_front() else { return false };
+        let answer = self.shard.run(&step);
+        self.apply(Event::StepDone(answer));
+        self.pump();
+        true
+    }
+
+    pub(super) fn apply(&mut self, event: Event) {
+        self.scheduler.apply(event, Instant::now());
+        self.scheduler.check_invariants();
+    }
+
+    /// Lets the scheduler see what readers have done, and sends the steps that are due.
+    pub(super) fn pump(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            self.apply(event);
+        }
+        while let Some(step) = self.scheduler.next_step(Instant::now()) {
+            self.scheduler.check_invariants();
+            self.sent.push(step.clone());
+            self.in_flight.push_back(step);
+        }
+    }
+
+    /// Answers and reads until nothing moves. Panics if that does not come to an end.
+    pub(super) fn finish(&mut self) {
+        // Each step computes at least one token or releases a sequence, and preemption repeats some of them.
+        for _ in 0..100_000 {
+            self.read_all();
+            if !self.answer() {
+                return;
+            }
+        }
+        panic!("requests do not come to an end");
+    }
+
+    /// Panics unless everything was given back.
+    pub(super) fn check_empty(&self) {
+        let gauges = self.scheduler.gauges();
+        assert_eq!((gauges.queued, gauges.running, gauges.blocks_used), (0, 0, 0));
+        assert_eq!(self.shard.num_sequences(), 0, "the shard forgets ended sequences");
+        assert!(self.handle.drained().now_or_never().is_some(), "all places in the house are free");
+    }
+}
+
+impl Reader {
+    fn read(&mut self, num_events: usize) {
+        for _ in 0..num_events {
+            let Some(stream) = &mut self.stream else { return };
+            let Some(event) = stream.next().now_or_never() else { return };
+            let Some(event) = event else {
+                assert!(self.ended, "a stream ends after its last event");
+                return;
+            };
+            self.take(event);
+        }
+    }
+
+    fn take(&mut self, event: TokenEvent) {
+        assert!(!self.ended, "nothing follows the last event");
+        match event {
+            TokenEvent::Started { .. } => {
+                assert!(self.transcript == Transcript::default(), "a request starts before all else");
+                self.starts += 1;
+            }
+            TokenEvent::Prompt(tokens) => {
+                assert!(self.transcript.tokens.is_empty(), "the prompt comes before the tokens");
+                self.transcript.prompt.extend(tokens);
+            }
+            TokenEvent::Token { token, end } => {
+                self.transcript.tokens.push(token);
+                self.transcript.end = end;
+                self.ended = end.is_some();
+            }
+            TokenEvent::Failed(failure) => {
+                self.failure = Some(failure);
+                self.ended = true;
+            }
+        }
+    }
+}

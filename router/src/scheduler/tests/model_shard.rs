@@ -1,0 +1,224 @@
+//! A shard in a hundred lines: it verifies steps as strictly as a real one, and its next token is a hash of all the
+//! tokens before it, read back from the KV blocks. A block that is given to two sequences, written late or freed early
+//! therefore changes the output.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use proto::units::{BlockId, SequenceId, TokenId};
+
+use crate::scheduler::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
+use crate::scheduler::batch::{NewSequence, Scheduled, Step};
+use crate::scheduler::request::{EndReason, Token, TokenRequest};
+use crate::scheduler::state::Limits;
+
+/// Sampled once in a while, and ends a sequence unless `ignore_eos` is set.
+pub(super) const EOS: TokenId = TokenId(0);
+/// A prompt that begins with it has logits that are not finite.
+pub(super) const POISON: TokenId = TokenId(u32::MAX);
+
+const VOCAB_SIZE: u64 = 40;
+
+pub(super) struct ModelShard {
+    limits: Limits,
+    /// What a slot holds: the hash of all tokens up to its own.
+    slots: Vec<u64>,
+    owners: HashMap<BlockId, SequenceId>,
+    sequences: HashMap<SequenceId, Sequence>,
+    known: HashSet<SequenceId>,
+    last_step: u64,
+}
+
+struct Sequence {
+    tokens: Vec<TokenId>,
+    blocks: Vec<BlockId>,
+    computed: usize,
+    request: Arc<TokenRequest>,
+    prompt_logprobs: bool,
+    ended: bool,
+}
+
+impl ModelShard {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            slots: vec![0; limits.num_blocks as usize * limits.budget.block_size],
+            owners: HashMap::new(),
+            sequences: HashMap::new(),
+            known: HashSet::new(),
+            last_step: 0,
+        }
+    }
+
+    /// Sequences whose state it keeps.
+    pub(super) fn num_sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Panics on a step that a shard would refuse.
+    pub(super) fn run(&mut self, step: &Step) -> StepAnswer {
+        assert!(step.id > self.last_step, "step ids increase");
+        self.last_step = step.id;
+        for sequence in &step.release {
+            assert!(self.sequences.remove(sequence).is_some(), "{sequence} is released and was not there");
+            self.owners.retain(|_, owner| owner != sequence);
+        }
+        for new in &step.admit {
+            self.admit(new);
+        }
+        self.check_budgets(&step.schedule);
+        let mut answer = StepAnswer {
+            step: step.id,
+            outputs: Vec::new(),
+            skipped: Vec::new(),
+            times: StepTimes::default(),
+        };
+        for scheduled in &step.schedule {
+            if self.sequences[&scheduled.sequence].ended {
+                answer.skipped.push(scheduled.sequence);
+            } else {
+                answer.outputs.extend(self.compute(scheduled));
+            }
+        }
+        answer
+    }
+
+    fn admit(&mut self, new: &NewSequence) {
+        assert!(self.known.insert(new.id), "{} is used twice", new.id);
+        assert!(
+            new.tokens.starts_with(&new.request.prompt)
+                && new.computed_tokens == 0
+                && new.block_ids.is_empty()
+        );
+        let sequence = Sequence {
+            tokens: new.tokens.clone(),
+            blocks: Vec::new(),
+            computed: 0,
+            request: Arc::clone(&new.request),
+            prompt_logprobs: new.prompt_logprobs,
+            ended: false,
+        };
+        self.sequences.insert(new.id, sequence);
+    }
+
+    fn check_budgets(&self, schedule: &[Scheduled]) {
+        let budget = &self.limits.budget;
+        assert!(schedule.len() <= budget.max_sequences, "the sequence budget holds");
+        let chunks = schedule.iter().filter(|scheduled| scheduled.num_tokens > 1);
+        let chunk_tokens = chunks.map(|scheduled| scheduled.num_tokens).sum::<usize>();
+        assert!(chunk_tokens <= budget.max_prefill_tokens, "the prefill budget holds");
+        assert!(schedule.iter().all(|scheduled| scheduled.num_tokens > 0), "no row is empty");
+        assert!(schedule.is_sorted_by_key(|scheduled| scheduled.num_tokens > 1), "decode rows come first");
+        let sequences = schedule.iter().map(|scheduled| scheduled.sequence).collect::<HashSet<_>>();
+        assert_eq!(sequences.len(), schedule.len(), "a sequence has one row in a step");
+    }
+
+    fn compute(&mut self, scheduled: &Scheduled) -> Option<SequenceOutput> {
+        let id = scheduled.sequence;
+        for &block in &scheduled.new_blocks {
+            assert!(block.0 < self.limits.num_blocks, "{block} is in the cache");
+            let owner = self.owners.insert(block, id);
+            assert_eq!(owner, None, "{block} is given to {id} while it is used");
+        }
+        let block_size = self.limits.budget.block_size;
+        let sequence = self.sequences.get_mut(&id).expect("a scheduled sequence was admitted");
+        sequence.blocks.extend(&scheduled.new_blocks);
+        let first = sequence.computed;
+        let end = first + scheduled.num_tokens;
+        assert!(end <= sequence.tokens.len(), "{id} has no more tokens to compute");
+        assert!(end <= sequence.blocks.len() * block_size, "{id} has too few blocks");
+        let slot = |position: usize| {
+            sequence.blocks[position / block_size].0 as usize * block_size + position % block_size
+        };
+        let mut hash = if first == 0 { 0 } else { self.slots[slot(first - 1)] };
+        let mut prompt = Vec::new();
+        for position in first..end {
+            hash = mix(hash, sequence.tokens[position]);
+            self.slots[slot(position)] = hash;
+            if let Some(&next) = sequence.request.prompt.get(position + 1)
+                && sequence.prompt_logprobs
+            {
+                prompt.push(token(hash, next));
+            }
+        }
+        sequence.computed = end;
+        if end < sequence.tokens.len() {
+            return (!prompt.is_empty()).then_some(SequenceOutput {
+                sequence: id,
+                prompt,
+                outcome: Outcome::Nothing,
+            });
+        }
+        let outcome = choose(&sequence.request, sequence.tokens.len(), hash);
+        match &outcome {
+            Outcome::Sampled(token) => sequence.tokens.push(token.id),
+            Outcome::Ended(..) | Outcome::InvalidLogits | Outcome::Nothing => sequence.ended = true,
+        }
+        Some(SequenceOutput { sequence: id, prompt, outcome })
+    }
+}
+
+/// What a reader gets: prompt log-probabilities, tokens and the end.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Transcript {
+    pub(super) prompt: Vec<Token>,
+    pub(super) tokens: Vec<Token>,
+    pub(super) end: Option<EndReason>,
+}
+
+/// What a request gets alone, computed without blocks and steps.
+pub(super) fn alone(request: &TokenRequest) -> Transcript {
+    let mut transcript = Transcript::default();
+    let mut hash = 0;
+    for (position, &token_id) in request.prompt.iter().enumerate() {
+        hash = mix(hash, token_id);
+        if let Some(&next) = request.prompt.get(position + 1)
+            && request.prompt_logprobs
+        {
+            transcript.prompt.push(token(hash, next));
+        }
+    }
+    loop {
+        match choose(request, request.prompt.len() + transcript.tokens.len(), hash) {
+            Outcome::Sampled(token) => {
+                hash = mix(hash, token.id);
+                transcript.tokens.push(token);
+            }
+            Outcome::Ended(token, end) => {
+                transcript.tokens.push(token);
+                transcript.end = Some(end);
+                return transcript;
+            }
+            Outcome::InvalidLogits | Outcome::Nothing => return transcript,
+        }
+    }
+}
+
+/// The token after `len` ones that hash to `hash`.
+fn choose(request: &TokenRequest, len: usize, hash: u64) -> Outcome {
+    if request.prompt[0] == POISON {
+        return Outcome::InvalidLogits;
+    }
+    let token = token(hash, TokenId((mix(hash, TokenId(7)) % VOCAB_SIZE) as u32));
+    let generated = len + 1 - request.prompt.len();
+    if token.id == EOS && !request.ignore_eos {
+        Outcome::Ended(token, EndReason::Eos)
+    } else if generated == request.max_new_tokens as usize {
+        Outcome::Ended(token, EndReason::Length)
+    } else {
+        Outcome::Sampled(token)
+    }
+}
+
+fn token(hash: u64, id: TokenId) -> Token {
+    let logprob = -((mix(hash, id) % 1000) as f32) / 1000.0;
+    Token { id, logprob, top: vec![(id, logprob)] }
+}
+
+/// The finalizer of SplitMix64 (Steele et al. 2014): every bit of its input reaches every bit of its output.
+fn mix(hash: u64, token: TokenId) -> u64 {
+    let mut z = hash.wrapping_add(u64::from(token.0) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
