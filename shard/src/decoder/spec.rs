@@ -2,6 +2,7 @@
 
 /// One decoder. Sizes are those of the whole model; ranks, element types and devices are no concern of it.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an independent property of architectures")]
 pub struct DecoderSpec {
     /// Rows of the embedding and of the logits.
     pub vocab_size: usize,

@@ -86,7 +86,6 @@ impl ModelConfig {
 
     /// The same with a head width that does not follow from the others.
     pub(super) fn decoder_spec_with_head_dim(&self, head_dim: u32) -> Result<DecoderSpec, ConfigError> {
-        self.check_common_fields()?;
         let layer = LayerSpec { window: None };
         Ok(DecoderSpec {
             vocab_size: self.vocab_size as usize,
@@ -124,7 +123,8 @@ impl ModelConfig {
         }
     }
 
-    fn check_common_fields(&self) -> Result<(), ConfigError> {
+    /// Refuses what no architecture can have; to be called before anything is made of the fields.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
         if self.num_hidden_layers > MAX_LAYERS {
             let message = format!("{} is more than {MAX_LAYERS}", self.num_hidden_layers);
             return Err(ConfigError::new("num_hidden_layers", message));
@@ -155,6 +155,10 @@ impl ModelConfig {
     }
 
     fn rotary(&self, head_dim: u32) -> Result<RotarySpec, ConfigError> {
+        if !head_dim.is_multiple_of(2) {
+            let message = format!("{head_dim} is odd, but rotary embedding turns pairs of elements");
+            return Err(ConfigError::new("head_dim", message));
+        }
         // transformers 5 writes everything into one object; before, theta stood by itself and scaling was optional.
         let (field, parameters) = match (&self.rope_parameters, &self.rope_scaling) {
             (Some(parameters), _) => ("rope_parameters", Some(parameters)),

@@ -9,7 +9,8 @@ pub(super) const ARCHITECTURE: Architecture =
     Architecture { class: "LlamaForCausalLM", model_type: "llama", spec, tensor_names: LLAMA_TENSOR_NAMES };
 
 fn spec(config: &ModelConfig) -> Result<DecoderSpec, ConfigError> {
-    config.refuse("sliding_window", window::tokens(config, None)?.as_ref(), &0)?;
+    // No window is neutral: transformers does not look at the field here, so a number in it is a mistake.
+    config.refuse("sliding_window", window::tokens(config, None)?.as_ref(), &usize::MAX)?;
     config.refuse("use_sliding_window", config.use_sliding_window.as_ref(), &false)?;
     let attention_bias = config.attention_bias.unwrap_or(false);
     Ok(DecoderSpec {

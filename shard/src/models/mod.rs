@@ -84,6 +84,7 @@ pub fn load(
     let config = ModelConfig::read(model_dir)?;
     let invalid = |source| LoadError::Config { path: model_dir.join("config.json"), source };
     let architecture = find(&config).map_err(invalid)?;
+    config.check().map_err(invalid)?;
     let spec = (architecture.spec)(&config).and_then(checked).map_err(invalid)?;
     spec.check_partition(world_size)?;
     let eos_token_ids = generation_config::eos_token_ids(model_dir, &config)?;
@@ -136,10 +137,6 @@ fn checked(spec: DecoderSpec) -> Result<DecoderSpec, ConfigError> {
     if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
         let message = format!("{} does not divide num_attention_heads {}", spec.num_kv_heads, spec.num_heads);
         return Err(ConfigError::new("num_key_value_heads", message));
-    }
-    if !spec.head_dim.is_multiple_of(2) {
-        let message = format!("{} is odd, but rotary embedding turns pairs of elements", spec.head_dim);
-        return Err(ConfigError::new("head_dim", message));
     }
     Ok(spec)
 }

@@ -1,0 +1,150 @@
+//! A rank that the tests drive step by step, and the goldens that they compare with.
+
+use std::path::{Path, PathBuf};
+
+use kernels::collective::Local;
+use kernels::{Communicator, Context};
+use shard::decoder::{ForwardInput, KvCache, StepLimits};
+use shard::models::{self, Model};
+
+/// All of `integration-tests/goldens`.
+pub const GOLDENS: &[&str] =
+    &["llama", "llama3", "llama_bf16", "llama_f16", "llama_sharded", "mistral", "qwen2", "qwen3"];
+
+/// Small, so that sequences end within blocks and cross many borders.
+const BLOCK_SIZE: usize = 4;
+const MAX_BLOCKS: usize = 24;
+const MAX_SEQUENCES: usize = 2;
+const MAX_POSITION: usize = BLOCK_SIZE * MAX_BLOCKS;
+
+pub fn golden_dir(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name)
+}
+
+/// What transformers computed for one prompt.
+#[derive(serde::Deserialize)]
+pub struct Prompt {
+    pub token_ids: Vec<u32>,
+    pub logprobs: Vec<Option<f32>>,
+    pub greedy: Vec<u32>,
+}
+
+/// The prompts of a golden, with the logits of the last positions of each.
+pub fn golden(name: &str) -> Vec<(Prompt, Vec<Vec<f32>>)> {
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        prompts: Vec<Prompt>,
+    }
+    let dir = golden_dir(name);
+    let text = std::fs::read(dir.join("golden.json")).unwrap();
+    let golden: Golden = serde_json::from_slice(&text).unwrap();
+    let bytes = std::fs::read(dir.join("golden.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let logits = |prompt: usize| {
+        let tensor = tensors.tensor(&format!("logits.{prompt}")).unwrap();
+        let values: Vec<f32> =
+            tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        values.chunks(tensor.shape()[1]).map(<[f32]>::to_vec).collect()
+    };
+    golden.prompts.into_iter().enumerate().map(|(index, prompt)| (prompt, logits(index))).collect()
+}
+
+/// Tokens of one sequence that a step computes.
+pub struct Chunk<'a> {
+    /// `0 .. MAX_SEQUENCES`.
+    pub sequence: usize,
+    /// Tokens computed before.
+    pub start: usize,
+    pub token_ids: &'a [u32],
+}
+
+/// One rank with room for two sequences.
+pub struct Rank {
+    pub model: Model,
+    context: Context,
+    communicator: Box<dyn Communicator>,
+    cache: KvCache,
+}
+
+impl Rank {
+    pub fn alone(dir: &Path) -> Self {
+        Self::new(models::load(dir, None, 0, 1).unwrap(), Box::new(Local))
+    }
+
+    pub fn new(mut model: Model, communicator: Box<dyn Communicator>) -> Self {
+        let max_step_tokens = MAX_SEQUENCES * MAX_POSITION;
+        model.decoder.prepare(StepLimits {
+            max_step_tokens,
+            max_logit_rows: max_step_tokens,
+            max_position: MAX_POSITION,
+        });
+        let cache = KvCache::new(&model.decoder, MAX_SEQUENCES * MAX_BLOCKS, BLOCK_SIZE, kernels::DType::F32);
+        Self { model, context: Context::cpu(2), communicator, cache }
+    }
+
+    /// Computes one step; the logits of all its rows.
+    pub fn step(&mut self, chunks: &[Chunk<'_>]) -> Vec<Vec<f32>> {
+        let input = flat_batch(chunks);
+        let decoder = &mut self.model.decoder;
+        decoder.forward(&self.context, &mut *self.communicator, &input, &mut self.cache).unwrap();
+        let rows: Vec<u32> = (0..input.token_ids.len() as u32).collect();
+        let logits = decoder.logits(&self.context, &mut *self.communicator, &rows).unwrap();
+        (0..rows.len()).map(|row| logits.row::<f32>(row).to_vec()).collect()
+    }
+
+    /// The logits of a whole prompt in one step.
+    pub fn prompt(&mut self, token_ids: &[u32]) -> Vec<Vec<f32>> {
+        self.step(&[Chunk { sequence: 0, start: 0, token_ids }])
+    }
+
+    /// The prompt in one step, then `num_tokens` tokens one by one, always the likeliest.
+    pub fn greedy(&mut self, prompt: &[u32], num_tokens: usize) -> Vec<u32> {
+        let mut logits = self.prompt(prompt);
+        let mut tokens = vec![argmax(logits.last().unwrap())];
+        while tokens.len() < num_tokens {
+            let start = prompt.len() + tokens.len() - 1;
+            logits = self.step(&[Chunk { sequence: 0, start, token_ids: &tokens[tokens.len() - 1..] }]);
+            tokens.push(argmax(&logits[0]));
+        }
+        tokens
+    }
+}
+
+/// Blocks of the sequences lie between each other and backwards, as after some time of service.
+fn block_id(sequence: usize, index: usize) -> u32 {
+    (MAX_SEQUENCES * (MAX_BLOCKS - 1 - index) + sequence) as u32
+}
+
+fn flat_batch(chunks: &[Chunk<'_>]) -> ForwardInput {
+    let mut input = ForwardInput { query_starts: vec![0], max_blocks: MAX_BLOCKS, ..ForwardInput::default() };
+    for &Chunk { sequence, start, token_ids } in chunks {
+        let positions = start..start + token_ids.len();
+        input.token_ids.extend(token_ids);
+        input.positions.extend(positions.clone().map(|position| position as u32));
+        input.slot_mapping.extend(positions.clone().map(|position| {
+            block_id(sequence, position / BLOCK_SIZE) * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+        }));
+        input.query_starts.push(input.token_ids.len() as u32);
+        input.kv_lens.push(positions.end as u32);
+        input.block_tables.extend((0..MAX_BLOCKS).map(|index| block_id(sequence, index)));
+    }
+    input
+}
+
+pub fn argmax(logits: &[f32]) -> u32 {
+    let best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+    (0..logits.len()).reduce(best).unwrap() as u32
+}
+
+/// Asserts that two lists of logits differ by no more than `tolerance` anywhere.
+#[track_caller]
+pub fn assert_close(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}: rows");
+    for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(found.len(), expected.len(), "{what}: columns");
+        for (id, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let difference = (found - expected).abs();
+            assert!(difference <= tolerance, "{what}, row {row}, id {id}: {found} is not {expected}");
+        }
+    }
+}
