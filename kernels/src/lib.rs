@@ -10,15 +10,22 @@
 //!
 //! On the CPU a row's result is the same to the bit whatever the number of rows and threads beside it.
 #![expect(unsafe_code, reason = "kernels is the one crate for it; each block says why it is sound")]
+#![expect(
+    clippy::inline_always,
+    reason = "a kernel is inlined into the function that enables its instructions"
+)]
 
 pub mod collective;
 pub mod mmap;
 pub mod ops;
 mod pool;
+mod simd;
 mod tensor;
 
 pub use candle_core::DType;
 pub use collective::Communicator;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};
-pub use pool::Context;
+pub use pool::{Context, available_cores};
+#[doc(hidden)]
+pub use simd::Level;
 pub use tensor::{Element, Error, Result, Tensor, View, ViewMut};

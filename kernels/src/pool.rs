@@ -1,23 +1,290 @@
 //! The threads that operations run on.
 
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::thread::{JoinHandle, Thread};
+
+use crate::simd::Level;
+
 /// What an operation runs on: the device and, on the CPU, the threads given to this process.
 ///
-/// One for a process; operations of one context do not overlap.
+/// One for a process; operations of one context do not overlap (a region that begins while another runs, or inside
+/// one, runs on its caller's thread alone).
 pub struct Context {
-    num_threads: usize,
+    level: Level,
+    workers: Vec<Worker>,
+    shared: Arc<Shared>,
+    /// Held while a region runs.
+    region: Mutex<()>,
 }
 
 impl Context {
     /// A CPU context with `num_threads` threads (the caller's is one of them), at least one.
+    ///
+    /// The other threads sleep while there is nothing to do, and end with the context. Which vector instructions
+    /// are used is found out here.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
     pub fn cpu(num_threads: usize) -> Self {
-        Self { num_threads: num_threads.max(1) }
+        Self::cpu_with_level(num_threads, Level::detect())
     }
+
+    /// As [`Context::cpu`], with chosen vector instructions, for tests that compare them.
+    ///
+    /// # Panics
+    /// Where the CPU lacks them.
+    #[doc(hidden)]
+    pub fn cpu_with_level(num_threads: usize, level: Level) -> Self {
+        assert!(level.is_available(), "this CPU has no {level:?}");
+        let shared = Arc::new(Shared::new(spin_rounds(num_threads)));
+        let workers = (1..num_threads).map(|i| Worker::spawn(i, &shared)).collect();
+        Self { level, workers, shared, region: Mutex::new(()) }
+    }
+
     /// Threads, the caller's included.
     pub fn num_threads(&self) -> usize {
-        self.num_threads
+        self.workers.len() + 1
     }
-    /// Runs `task(0) .. task(num_tasks - 1)`, spread over the threads, and returns when all are done.
+
+    /// Runs `task(0) .. task(num_tasks - 1)`, spread over the threads as they become free, and returns when all are
+    /// done. Allocates nothing.
+    ///
+    /// # Panics
+    /// Where a task panics, with its payload, after the other threads have stopped.
     pub fn parallel_for(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
-        (0..num_tasks).for_each(task);
+        let helpers = self.workers.len().min(num_tasks.saturating_sub(1));
+        let guard = match self.region.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        if helpers == 0 || guard.is_none() {
+            return (0..num_tasks).for_each(task);
+        }
+        self.shared.publish(&task, num_tasks, helpers);
+        self.workers[..helpers].iter().for_each(Worker::wake);
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.shared.work(&task, num_tasks)));
+        self.shared.wait_for_helpers();
+        let helper_panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = outcome.err().or(helper_panic) {
+            resume_unwind(payload)
+        }
+    }
+
+    pub(crate) fn level(&self) -> Level {
+        self.level
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.shared.shutdown.store(true, Ordering::Release);
+        for worker in &mut self.workers {
+            worker.wake();
+            if let Some(thread) = worker.thread.take() {
+                // A worker catches its tasks' panics, so it ends normally.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// Cores that this process may use: its affinity and, in a container, its CPU quota; at least one.
+pub fn available_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// How often a thread looks before it sleeps: about two microseconds, so that a region that follows at once finds its
+/// threads awake. None where threads would take each other's core.
+fn spin_rounds(num_threads: usize) -> u32 {
+    if num_threads > 1 && num_threads <= available_cores() { 100 } else { 0 }
+}
+
+struct Worker {
+    /// Raised for each region that this worker is to help with.
+    epoch: Arc<AtomicU32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn spawn(index: usize, shared: &Arc<Shared>) -> Self {
+        let epoch = Arc::new(AtomicU32::new(0));
+        let (worker_shared, worker_epoch) = (Arc::clone(shared), Arc::clone(&epoch));
+        let thread = std::thread::Builder::new()
+            .name(format!("kernels-{index}"))
+            .spawn(move || worker_shared.serve(&worker_epoch))
+            .expect("the system gives a thread");
+        Self { epoch, thread: Some(thread) }
+    }
+
+    /// Cheap where the worker has not fallen asleep.
+    fn wake(&self) {
+        self.epoch.fetch_add(1, Ordering::Release);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+}
+
+/// The region being run; the lifetime of the closure is erased, `publish` and `wait_for_helpers` stand for it.
+struct Region {
+    task: *const (dyn Fn(usize) + Sync + 'static),
+    num_tasks: usize,
+    caller: Thread,
+}
+
+struct Shared {
+    region: UnsafeCell<Option<Region>>,
+    next_task: AtomicUsize,
+    /// Helpers that have not finished with the region.
+    helpers: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    shutdown: AtomicBool,
+    spin_rounds: u32,
+}
+
+// SAFETY: `region` is written only by the thread that holds `Context::region`, while `helpers` is 0; helpers read it
+// between the release of their epoch and their decrement of `helpers`. The task it points to is `Sync`.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn new(spin_rounds: u32) -> Self {
+        Self {
+            region: UnsafeCell::new(None),
+            next_task: AtomicUsize::new(0),
+            helpers: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            shutdown: AtomicBool::new(false),
+            spin_rounds,
+        }
+    }
+
+    fn publish<'a>(&self, task: &'a (dyn Fn(usize) + Sync + 'a), num_tasks: usize, helpers: usize) {
+        let task: *const (dyn Fn(usize) + Sync + 'a) = task;
+        #[expect(clippy::transmute_ptr_to_ptr, reason = "a cast may not extend the lifetime")]
+        // SAFETY: the same fat pointer; only the lifetime is erased. It is followed only until `wait_for_helpers`
+        // returns, which the caller of `publish` awaits while it borrows the task.
+        let task: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(task) };
+        // SAFETY: no helper is in a region now (see `Sync` above).
+        unsafe { *self.region.get() = Some(Region { task, num_tasks, caller: std::thread::current() }) }
+        self.next_task.store(0, Ordering::Relaxed);
+        self.helpers.store(helpers, Ordering::Relaxed);
+    }
+
+    /// Takes tasks until none is left.
+    fn work(&self, task: &(dyn Fn(usize) + Sync), num_tasks: usize) {
+        loop {
+            let index = self.next_task.fetch_add(1, Ordering::Relaxed);
+            if index >= num_tasks {
+                return;
+            }
+            task(index);
+        }
+    }
+
+    fn wait_for_helpers(&self) {
+        for _ in 0..self.spin_rounds {
+            if self.helpers.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        while self.helpers.load(Ordering::Acquire) != 0 {
+            std::thread::park();
+        }
+    }
+
+    /// A worker's life.
+    fn serve(&self, epoch: &AtomicU32) {
+        let mut seen = 0;
+        loop {
+            let mut rounds = self.spin_rounds;
+            while epoch.load(Ordering::Acquire) == seen {
+                if rounds == 0 {
+                    std::thread::park();
+                } else {
+                    rounds -= 1;
+                    std::hint::spin_loop();
+                }
+            }
+            if self.shutdown.load(Ordering::Acquire) {
+                return;
+            }
+            seen = seen.wrapping_add(1);
+            self.help();
+        }
+    }
+
+    fn help(&self) {
+        // SAFETY: this worker's epoch was raised after the region was written, and the region stays until all helpers
+        // have been counted off below.
+        let (task, num_tasks, caller) = unsafe {
+            let region = (*self.region.get()).as_ref().expect("a worker is woken for a region");
+            (&*region.task, region.num_tasks, region.caller.clone())
+        };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(task, num_tasks))) {
+            // The remaining tasks are not begun; the caller hears of the panic.
+            self.next_task.store(num_tasks, Ordering::Relaxed);
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+        }
+        if self.helpers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            caller.unpark();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_for_any_number_of_threads() {
+        for num_threads in 0..5 {
+            let context = Context::cpu(num_threads);
+            for num_tasks in [0, 1, 2, 3, 7, 100, 1000] {
+                let counts: Vec<AtomicU64> = (0..num_tasks).map(|_| AtomicU64::new(0)).collect();
+                context.parallel_for(num_tasks, |i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_stays_usable() {
+        let context = Context::cpu(3);
+        for bad in [0, 5, 63] {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                context.parallel_for(64, |i| assert!(i != bad, "task {i} breaks"));
+            }));
+            let payload = outcome.expect_err("the panic is propagated");
+            assert_eq!(payload.downcast_ref::<String>(), Some(&format!("task {bad} breaks")));
+            let sum = AtomicU64::new(0);
+            context.parallel_for(10, |i| {
+                sum.fetch_add(i as u64, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn a_region_inside_a_region_runs_on_its_own_thread() {
+        let context = Context::cpu(2);
+        let sum = AtomicU64::new(0);
+        context.parallel_for(8, |_| {
+            context.parallel_for(8, |i| {
+                sum.fetch_add(i as u64, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(sum.into_inner(), 8 * 28);
     }
 }

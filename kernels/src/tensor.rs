@@ -202,10 +202,10 @@ impl Tensor {
             match dtype {
                 DType::F32 => out.row_mut::<f32>(row).copy_from_slice(&values),
                 DType::F16 => {
-                    out.row_mut::<f16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = f16::from_f32(v))
+                    out.row_mut::<f16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = f16::from_f32(v));
                 }
                 DType::BF16 => {
-                    out.row_mut::<bf16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_f32(v))
+                    out.row_mut::<bf16>(row).iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_f32(v));
                 }
                 _ => return Err(Error::DType { op: "to_dtype", dtype, supported: "f32, f16, bf16" }),
             }

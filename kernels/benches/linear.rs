@@ -1,0 +1,129 @@
+//! The matrix product against what the machine gives: a read-bandwidth probe, a multiply-add probe, and candle.
+//!
+//! `cargo bench -p kernels --bench linear [-- THREADS]`. All figures of a table come from one run; on a shared machine only
+//! their ratios mean something.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor as CandleTensor};
+use kernels::ops::linear::{LinearPart, linear};
+use kernels::{Context, DType, Tensor, available_cores};
+
+const LEAST: Duration = Duration::from_millis(300);
+
+fn main() {
+    let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or_else(available_cores);
+    let context = Context::cpu(threads);
+    let read = read_gb_per_s(&context);
+    let peak = multiply_add_gflop_per_s(&context);
+    println!("{threads} threads; probes: {read:.1} GB/s read, {peak:.0} GFLOP/s multiply-add");
+    println!("weight, type, rows: GB/s (of probe), GFLOP/s (of probe), times candle");
+    for (n, k) in [(14336, 4096), (2048, 2048)] {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let weights = Weights::new(n, k, dtype);
+            for rows in [1, 2, 4, 8, 16, 64, 512] {
+                let ours = weights.seconds(&context, rows);
+                let bytes = (n * k * dtype.size_in_bytes()) as f64 / ours / 1e9;
+                let flops = 2.0 * (n * k * rows) as f64 / ours / 1e9;
+                println!(
+                    "{n}x{k} {dtype:?} {rows:>3}: {bytes:6.1} GB/s ({:3.0} %) {flops:6.0} GFLOP/s ({:3.0} %) {:6.1}x",
+                    100.0 * bytes / read,
+                    100.0 * flops / peak,
+                    weights.candle_seconds(rows) / ours,
+                );
+            }
+        }
+    }
+}
+
+/// The best of several runs, in seconds.
+fn best_seconds(mut run: impl FnMut()) -> f64 {
+    let (begin, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
+    while runs < 3 || begin.elapsed() < LEAST {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed().as_secs_f64());
+        runs += 1;
+    }
+    best
+}
+
+/// Bytes per second that the threads read together, from memory far larger than the caches.
+fn read_gb_per_s(context: &Context) -> f64 {
+    let data = vec![1_u64; (512 << 20) / 8];
+    let chunks: Vec<&[u64]> = data.chunks(1 << 15).collect();
+    let seconds = best_seconds(|| {
+        context.parallel_for(chunks.len(), |i| {
+            let sum = chunks[i].iter().fold(0_u64, |sum, &value| sum.wrapping_add(value));
+            black_box(sum);
+        });
+    });
+    (512 << 20) as f64 / seconds / 1e9
+}
+
+/// A product whose operands stay in the first-level cache: the most that this arithmetic can do here. Each thread does its
+/// own.
+fn multiply_add_gflop_per_s(context: &Context) -> f64 {
+    let single = Context::cpu(1);
+    let (n, k, rows) = (4, 1024, 4);
+    let weight = Tensor::zeros(n, k, DType::F32);
+    let x = Tensor::zeros(rows, k, DType::F32);
+    let (repeats, tasks) = (2000, context.num_threads());
+    let seconds = best_seconds(|| {
+        context.parallel_for(tasks, |_| {
+            let mut out = Tensor::zeros(rows, n, DType::F32);
+            for _ in 0..repeats {
+                let part = LinearPart { weight: &weight, bias: None };
+                single_threaded(&single, &x, part, &mut out);
+            }
+            black_box(&out);
+        });
+    });
+    2.0 * (n * k * rows * repeats * tasks) as f64 / seconds / 1e9
+}
+
+fn single_threaded(context: &Context, x: &Tensor, part: LinearPart<'_>, out: &mut Tensor) {
+    linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
+}
+
+struct Weights {
+    ours: Tensor,
+    candle: CandleTensor,
+}
+
+impl Weights {
+    fn new(n: usize, k: usize, dtype: DType) -> Self {
+        let values: Vec<f32> = (0..n * k).map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5).collect();
+        let candle = CandleTensor::from_slice(&values, (n, k), &Device::Cpu)
+            .and_then(|tensor| tensor.to_dtype(dtype))
+            .expect("a tensor");
+        let ours = Tensor::from_slice(&values, n, k).to_dtype(dtype).expect("a float type");
+        Self { ours, candle }
+    }
+
+    fn seconds(&self, context: &Context, rows: usize) -> f64 {
+        let x = vec![0.5_f32; rows * self.ours.cols()];
+        let x = Tensor::from_slice(&x, rows, self.ours.cols());
+        let mut out = Tensor::zeros(rows, self.ours.rows(), DType::F32);
+        best_seconds(|| {
+            let part = LinearPart { weight: &self.ours, bias: None };
+            linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
+        })
+    }
+
+    /// candle multiplies operands of one type only, so the input has the weights' type.
+    fn candle_seconds(&self, rows: usize) -> f64 {
+        let x = CandleTensor::ones((rows, self.ours.cols()), self.candle.dtype(), &Device::Cpu)
+            .expect("a tensor");
+        let begin = Instant::now();
+        let mut best = f64::INFINITY;
+        while best.is_infinite() || begin.elapsed() < LEAST {
+            let start = Instant::now();
+            black_box(x.matmul(&self.candle.t().expect("a matrix")).expect("shapes fit"));
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        best
+    }
+}

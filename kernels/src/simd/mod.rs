@@ -1,0 +1,215 @@
+//! Vectors of sixteen f32 lanes, for each instruction set the same, so that one text of a kernel serves all and the order of
+//! a reduction does not depend on the machine: AVX2 and AVX-512 give the same bits.
+//!
+//! A kernel is a [`Kernel`]; [`Level::run`] compiles it once per instruction set and calls the one for this CPU. A value
+//! of a [`Simd`] type exists only where its instructions do.
+#![expect(
+    clippy::inline_always,
+    reason = "a kernel must be inlined into the function that enables its instructions"
+)]
+
+mod math;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use half::{bf16, f16};
+
+pub(crate) use math::{exp, silu};
+
+/// Lanes of a vector, whatever the instruction set.
+pub(crate) const LANES: usize = 16;
+
+/// One vector's worth of memory, aligned for the fastest access.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Lanes(pub(crate) [f32; LANES]);
+
+impl Lanes {
+    pub(crate) const ZERO: Self = Self([0.0; LANES]);
+}
+
+/// Instruction sets that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// What the compiler makes of plain Rust.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Level {
+    /// All, slowest first.
+    pub const ALL: [Level; 3] = [Level::Portable, Level::Avx2, Level::Avx512];
+
+    /// The best of this CPU.
+    pub fn detect() -> Self {
+        Self::ALL.into_iter().rfind(|level| level.is_available()).unwrap_or(Level::Portable)
+    }
+
+    /// Whether this CPU (and its system) has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::Avx512::detect().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Runs the kernel, compiled for this level.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self {
+            Level::Portable => portable::Portable.call(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::Avx2::detect().expect("checked by the context").call(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::Avx512::detect().expect("checked by the context").call(kernel),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => portable::Portable.call(kernel),
+        }
+    }
+}
+
+/// A computation that is compiled for each instruction set. `run` must be `#[inline(always)]`.
+pub(crate) trait Kernel {
+    fn run<S: Simd>(self, simd: S);
+}
+
+/// Sixteen lanes of one instruction set.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type Vector: Copy;
+    /// Whether there are registers for sixteen accumulators and their operands.
+    const WIDE: bool;
+
+    /// Runs a part of a kernel as a function of its own.
+    fn call<K: Kernel>(self, kernel: K);
+
+    fn splat(self, value: f32) -> Self::Vector;
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The greater; `b` where one is NaN.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The lesser; `b` where one is NaN.
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`, rounded once where the CPU can.
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::Vector) -> Self::Vector;
+    /// `2^n` for integers -126 ..= 127.
+    fn exp2_of_integer(self, n: Self::Vector) -> Self::Vector;
+    /// The sum of the lanes, always as the same tree: halves, quarters, ...
+    fn sum(self, a: Self::Vector) -> f32;
+    /// The greatest lane.
+    fn max_lane(self, a: Self::Vector) -> f32;
+
+    /// # Safety
+    /// Sixteen elements can be read at `from`, at any address.
+    unsafe fn load(self, from: *const f32) -> Self::Vector;
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_f16(self, from: *const f16) -> Self::Vector;
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::Vector;
+    /// # Safety
+    /// Sixteen elements can be written at `to`, at any address.
+    unsafe fn store(self, to: *mut f32, value: Self::Vector);
+    /// Rounds to nearest, ties to even.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store_f16(self, to: *mut f16, value: Self::Vector);
+    /// Rounds to nearest, ties to even.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store_bf16(self, to: *mut bf16, value: Self::Vector);
+    /// Asks for the cache line at `address`, which may be any.
+    fn prefetch(self, address: *const u8);
+}
+
+/// Element types that vectors are loaded from and stored to.
+pub(crate) trait Float: crate::Element {
+    const ZERO: Self;
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::Vector;
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store<S: Simd>(simd: S, to: *mut Self, value: S::Vector);
+
+    /// The first `len` lanes from memory, zero behind them, so that a tail has the arithmetic of a full vector.
+    ///
+    /// # Safety
+    /// `len <= LANES` elements can be read at `from`.
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(simd: S, from: *const Self, len: usize) -> S::Vector {
+        if len == LANES {
+            // SAFETY: the caller's promise.
+            return unsafe { Self::load(simd, from) };
+        }
+        let mut padded = [Self::ZERO; LANES];
+        // SAFETY: the caller's promise; `padded` has `LANES` elements.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, padded.as_mut_ptr(), len);
+            Self::load(simd, padded.as_ptr())
+        }
+    }
+
+    /// The first `len` lanes to memory.
+    ///
+    /// # Safety
+    /// `len <= LANES` elements can be written at `to`.
+    #[inline(always)]
+    unsafe fn store_part<S: Simd>(simd: S, to: *mut Self, len: usize, value: S::Vector) {
+        if len == LANES {
+            // SAFETY: the caller's promise.
+            return unsafe { Self::store(simd, to, value) };
+        }
+        let mut padded = [Self::ZERO; LANES];
+        // SAFETY: the caller's promise; `padded` has `LANES` elements.
+        unsafe {
+            Self::store(simd, padded.as_mut_ptr(), value);
+            std::ptr::copy_nonoverlapping(padded.as_ptr(), to, len);
+        }
+    }
+}
+
+macro_rules! float {
+    ($($t:ty: $zero:expr, $load:ident, $store:ident;)*) => {$(
+        impl Float for $t {
+            const ZERO: Self = $zero;
+            #[inline(always)]
+            unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::Vector {
+                // SAFETY: the caller's promise.
+                unsafe { simd.$load(from) }
+            }
+            #[inline(always)]
+            unsafe fn store<S: Simd>(simd: S, to: *mut Self, value: S::Vector) {
+                // SAFETY: the caller's promise.
+                unsafe { simd.$store(to, value) }
+            }
+        }
+    )*};
+}
+float! {
+    f32: 0.0, load, store;
+    f16: f16::ZERO, load_f16, store_f16;
+    bf16: bf16::ZERO, load_bf16, store_bf16;
+}
+
+/// The vectors that cover `len` elements: first element and number of each.
+#[inline(always)]
+pub(crate) fn spans(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len).step_by(LANES).map(move |start| (start, LANES.min(len - start)))
+}

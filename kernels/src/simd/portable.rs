@@ -1,0 +1,124 @@
+//! Sixteen lanes in plain Rust, vectorized by the compiler as far as the target's baseline goes.
+
+use half::{bf16, f16};
+
+use super::{Kernel, LANES, Simd};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+type Vector = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: Vector, b: Vector, f: impl Fn(f32, f32) -> f32) -> Vector {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+/// Folds halves onto each other until one lane is left: the tree of the vector instructions.
+#[inline(always)]
+fn fold(mut a: Vector, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            a[i] = f(a[i], a[i + width]);
+        }
+        width /= 2;
+    }
+    a[0]
+}
+
+impl Simd for Portable {
+    type Vector = Vector;
+    const WIDE: bool = false;
+
+    fn call<K: Kernel>(self, kernel: K) {
+        kernel.run(self);
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Vector {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn add(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn max(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: Vector, b: Vector) -> Vector {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Vector, b: Vector, c: Vector) -> Vector {
+        // Without the instruction, one rounding would be a library call per lane.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+        } else {
+            std::array::from_fn(|i| a[i] * b[i] + c[i])
+        }
+    }
+    #[inline(always)]
+    fn round(self, a: Vector) -> Vector {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn exp2_of_integer(self, n: Vector) -> Vector {
+        n.map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn sum(self, a: Vector) -> f32 {
+        fold(a, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn max_lane(self, a: Vector) -> f32 {
+        fold(a, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Vector {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<Vector>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> Vector {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> Vector {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, value: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<Vector>().write_unaligned(value) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut f16, value: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f16; LANES]>().write_unaligned(value.map(f16::from_f32)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, value: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[bf16; LANES]>().write_unaligned(value.map(bf16::from_f32)) }
+    }
+    #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
+}

@@ -1,0 +1,292 @@
+//! Paged attention against an f64 softmax over the whole sequence.
+
+mod common;
+
+use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use kernels::ops::attention::{paged_attention, write_kv};
+use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Tensor};
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+#[derive(Clone, Copy)]
+struct Shape {
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    block_size: usize,
+}
+
+/// Sequences whose keys and values lie in a cache, in blocks in no order.
+struct Cached {
+    shape: Shape,
+    cache: KvLayer,
+    /// Of each sequence: query, key and value rows, all f32.
+    sequences: Vec<[Tensor; 3]>,
+    /// `[sequence][block]`
+    tables: Vec<Vec<u32>>,
+    max_blocks: usize,
+}
+
+impl Cached {
+    fn new(context: &Context, rng: &mut StdRng, shape: Shape, dtype: DType, lens: &[usize]) -> Self {
+        let max_blocks = lens.iter().map(|len| len.div_ceil(shape.block_size)).max().expect("a sequence") + 1;
+        let num_blocks = max_blocks * lens.len();
+        let mut blocks: Vec<u32> = (0..num_blocks as u32).collect();
+        blocks.shuffle(rng);
+        let tables: Vec<Vec<u32>> = blocks.chunks(max_blocks).map(<[u32]>::to_vec).collect();
+        let mut cache = KvLayer::new(num_blocks, shape.kv_heads, shape.block_size, shape.head_dim, dtype);
+        // What an earlier sequence has left must not be seen, not even where it is NaN.
+        let kv_cols = shape.kv_heads * shape.head_dim;
+        let all: Vec<u32> = (0..(num_blocks * shape.block_size) as u32).collect();
+        let rubbish = Tensor::from_slice(&vec![f32::NAN; all.len() * kv_cols], all.len(), kv_cols);
+        write_kv(context, rubbish.view(), rubbish.view(), &all, &mut cache).expect("shapes fit");
+        let sequences: Vec<[Tensor; 3]> = lens
+            .iter()
+            .map(|&len| {
+                let [q, k, v] = [shape.group * kv_cols, kv_cols, kv_cols].map(|cols| (len, cols));
+                [q, k, v].map(|(rows, cols)| Tensor::from_slice(&uniform(rng, rows * cols), rows, cols))
+            })
+            .collect();
+        for ([_, keys, values], table) in sequences.iter().zip(&tables) {
+            let slots: Vec<u32> = (0..keys.rows())
+                .map(|p| {
+                    table[p / shape.block_size] * shape.block_size as u32 + (p % shape.block_size) as u32
+                })
+                .collect();
+            write_kv(context, keys.view(), values.view(), &slots, &mut cache).expect("shapes fit");
+        }
+        Self { shape, cache, sequences, tables, max_blocks }
+    }
+
+    /// Attention for the positions `parts[i] = (sequence, start, end)` as one flat batch; later positions are in the
+    /// cache, but not yet part of the sequence.
+    fn run(&self, context: &Context, parts: &[(usize, usize, usize)], window: Option<usize>) -> Vec<f32> {
+        let cols = self.sequences[0][0].cols();
+        let mut query = Vec::new();
+        let (mut starts, mut kv_lens, mut tables) = (vec![0], Vec::new(), Vec::new());
+        for &(sequence, start, end) in parts {
+            query.extend_from_slice(&self.sequences[sequence][0].as_slice::<f32>()[start * cols..end * cols]);
+            starts.push(starts[starts.len() - 1] + (end - start) as u32);
+            kv_lens.push(end as u32);
+            tables.extend_from_slice(&self.tables[sequence]);
+        }
+        let rows = query.len() / cols;
+        let query = Tensor::from_slice(&query, rows, cols);
+        let mut out = Tensor::zeros(rows, cols, DType::F32);
+        let batch = AttentionBatch {
+            query_starts: &starts,
+            kv_lens: &kv_lens,
+            block_tables: &tables,
+            max_blocks: self.max_blocks,
+        };
+        let params = AttentionParams { scale: self.scale() as f32, window };
+        paged_attention(context, query.view(), &self.cache, &batch, params, out.view_mut())
+            .expect("shapes fit");
+        out.as_slice().to_vec()
+    }
+
+    /// Large enough that the softmax has peaks.
+    fn scale(&self) -> f64 {
+        3.0 / (self.shape.head_dim as f64).sqrt()
+    }
+
+    fn reference(&self, dtype: DType, sequence: usize, position: usize, window: Option<usize>) -> Vec<f64> {
+        let Shape { kv_heads, group, head_dim, .. } = self.shape;
+        let [query, keys, values] = &self.sequences[sequence];
+        let rounded = |tensor: &Tensor, row: usize, head: usize| -> Vec<f64> {
+            let row =
+                tensor.to_dtype(dtype).expect("a float type").view().row_f32(row).expect("a float type");
+            row[head * head_dim..][..head_dim].iter().copied().map(f64::from).collect()
+        };
+        let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let mut out = Vec::new();
+        for head in 0..kv_heads * group {
+            let q: Vec<f64> = query.view().row::<f32>(position)[head * head_dim..][..head_dim]
+                .iter()
+                .copied()
+                .map(f64::from)
+                .collect();
+            let scores: Vec<f64> = (first..=position)
+                .map(|p| {
+                    q.iter().zip(rounded(keys, p, head / group)).map(|(q, k)| q * k).sum::<f64>()
+                        * self.scale()
+                })
+                .collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sum = vec![0.0; head_dim];
+            for (p, weight) in (first..=position).zip(weights) {
+                let value = rounded(values, p, head / group);
+                sum.iter_mut().zip(value).for_each(|(sum, value)| *sum += weight / total * value);
+            }
+            out.extend(sum);
+        }
+        out
+    }
+}
+
+const SHAPES: [Shape; 6] = [
+    Shape { kv_heads: 2, group: 2, head_dim: 16, block_size: 16 },
+    Shape { kv_heads: 1, group: 1, head_dim: 8, block_size: 4 },
+    Shape { kv_heads: 2, group: 7, head_dim: 20, block_size: 5 },
+    Shape { kv_heads: 1, group: 4, head_dim: 64, block_size: 32 },
+    Shape { kv_heads: 3, group: 1, head_dim: 128, block_size: 16 },
+    Shape { kv_heads: 1, group: 40, head_dim: 80, block_size: 1 },
+];
+
+#[test]
+fn decode_rows_and_chunks_match_the_reference_at_every_level() {
+    let mut rng = rng(1);
+    for context in levels() {
+        for shape in SHAPES {
+            for dtype in FLOATS {
+                let cached = Cached::new(&context, &mut rng, shape, dtype, &[37, 3, 50]);
+                for window in [None, Some(1), Some(9), Some(1000)] {
+                    let parts = [(0, 36, 37), (1, 0, 3), (2, 11, 30)];
+                    let got = cached.run(&context, &parts, window);
+                    let want: Vec<f64> = parts
+                        .iter()
+                        .flat_map(|&(s, start, end)| (start..end).map(move |p| (s, p)))
+                        .flat_map(|(s, p)| cached.reference(dtype, s, p, window))
+                        .collect();
+                    // Sums of at most 50 values below 1 with weights that add up to 1; exp is good to two units.
+                    assert_close(&got, &want, 3e-6, &format!("window {window:?}, {dtype:?}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads() {
+    let mut rng = rng(2);
+    let contexts: Vec<Context> = (1..4).map(Context::cpu).collect();
+    for shape in SHAPES {
+        for dtype in FLOATS {
+            let cached = Cached::new(&contexts[0], &mut rng, shape, dtype, &[150, 61]);
+            let cols = shape.kv_heads * shape.group * shape.head_dim;
+            for window in [None, Some(23)] {
+                let whole = cached.run(&contexts[0], &[(0, 0, 150)], window);
+                for context in &contexts {
+                    let mut start = 0;
+                    while start < 150 {
+                        let end = 150.min(start + rng.random_range(1..40));
+                        let at = rng.random_range(0..60);
+                        let got = cached.run(context, &[(1, at, at + 1), (0, start, end)], window);
+                        assert_same_bits(&got[cols..], &whole[start * cols..end * cols], "chunk");
+                        start = end;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other() {
+    let context = Context::cpu(2);
+    let shape = SHAPES[0];
+    let mut cached = Cached::new(&context, &mut rng(3), shape, DType::BF16, &[40]);
+    let poison = Tensor::from_slice(&[f32::NAN; 32], 1, 32);
+    let slot = cached.tables[0][1] * 16 + 4;
+    write_kv(&context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
+    let got = cached.run(&context, &[(0, 0, 40)], Some(6));
+    for (row, out) in got.chunks(64).enumerate() {
+        assert!(out.iter().all(|value| value.is_nan() == (20..26).contains(&row)), "row {row}");
+    }
+}
+
+#[test]
+fn write_kv_rounds_to_nearest_even_at_every_level() {
+    let mut rng = rng(4);
+    for context in levels() {
+        for head_dim in [1, 16, 40] {
+            // All kinds of bits: denormals, ties, infinities, NaN.
+            let mut bits: Vec<f32> = (0..64 * head_dim).map(|_| f32::from_bits(rng.random())).collect();
+            for (i, value) in bits.iter_mut().enumerate().filter(|(i, _)| i % 3 == 0) {
+                *value = [1.003_906_2, -1.011_718_8, 1.000_488_3, 65520.0, 6e-8, 2.98e-8, -0.0][i / 3 % 7];
+            }
+            let keys = Tensor::from_slice(&bits, 64, head_dim);
+            let slots: Vec<u32> = (0..64).rev().collect();
+            let mut layer = KvLayer::new(4, 1, 16, head_dim, DType::F16);
+            check_rounding(&context, &keys, &slots, &mut layer, |value| half::f16::from_f32(value).to_f32());
+            let mut layer = KvLayer::new(4, 1, 16, head_dim, DType::BF16);
+            check_rounding(&context, &keys, &slots, &mut layer, |value| half::bf16::from_f32(value).to_f32());
+        }
+    }
+}
+
+/// Reads the values back through attention to a single position: its weight is exactly one.
+fn check_rounding(
+    context: &Context,
+    data: &Tensor,
+    slots: &[u32],
+    layer: &mut KvLayer,
+    rounded: impl Fn(f32) -> f32,
+) {
+    let zeros = Tensor::zeros(data.rows(), data.cols(), DType::F32);
+    write_kv(context, zeros.view(), data.view(), slots, layer).expect("shapes fit");
+    let table: Vec<u32> = (0..4).collect();
+    for (row, &slot) in slots.iter().enumerate() {
+        let query = Tensor::zeros(1, data.cols(), DType::F32);
+        let mut out = Tensor::zeros(1, data.cols(), DType::F32);
+        let batch = AttentionBatch {
+            query_starts: &[0, 1],
+            kv_lens: &[slot + 1],
+            block_tables: &table,
+            max_blocks: 4,
+        };
+        let params = AttentionParams { scale: 1.0, window: Some(1) };
+        paged_attention(context, query.view(), layer, &batch, params, out.view_mut()).expect("shapes fit");
+        for (&got, &value) in out.as_slice::<f32>().iter().zip(data.view().row::<f32>(row)) {
+            let want = rounded(value);
+            let same = got.to_bits() == want.to_bits() || (got == 0.0 && want == 0.0);
+            assert!(same || (got.is_nan() && want.is_nan()), "{value} became {got}, expected {want}");
+        }
+    }
+}
+
+#[test]
+fn operands_that_do_not_fit_are_refused() {
+    let context = Context::cpu(1);
+    let mut cache = KvLayer::new(4, 2, 16, 8, DType::F16);
+    let good = tensor(&mut rng(5), 3, 32, DType::F32);
+    let mut out = Tensor::zeros(3, 32, DType::F32);
+    let batch = AttentionBatch {
+        query_starts: &[0, 1, 3],
+        kv_lens: &[20, 2],
+        block_tables: &[0, 1, 3, 0],
+        max_blocks: 2,
+    };
+    let params = AttentionParams { scale: 1.0, window: None };
+    let mut attend = |query: &Tensor, batch: AttentionBatch<'_>| {
+        paged_attention(&context, query.view(), &cache, &batch, params, out.view_mut())
+    };
+    attend(&good, batch).expect("shapes fit");
+    let shape_errors = [
+        attend(&Tensor::zeros(3, 24, DType::F32), batch),
+        attend(&Tensor::zeros(2, 32, DType::F32), batch),
+        attend(&good, AttentionBatch { query_starts: &[0, 3], ..batch }),
+        attend(&good, AttentionBatch { query_starts: &[], kv_lens: &[], ..batch }),
+        attend(&good, AttentionBatch { query_starts: &[0, 2, 1], ..batch }),
+        attend(&good, AttentionBatch { query_starts: &[1, 1, 3], ..batch }),
+        attend(&good, AttentionBatch { kv_lens: &[20, 1], ..batch }),
+        attend(&good, AttentionBatch { kv_lens: &[33, 2], ..batch }),
+        attend(&good, AttentionBatch { block_tables: &[0, 4, 3, 0], ..batch }),
+        attend(&good, AttentionBatch { block_tables: &[0, 1, 3], ..batch }),
+    ];
+    for (i, outcome) in shape_errors.into_iter().enumerate() {
+        assert!(matches!(outcome, Err(Error::Shape { .. })), "case {i}");
+    }
+    let half = Tensor::zeros(3, 32, DType::F16);
+    assert!(matches!(attend(&half, batch), Err(Error::DType { .. })));
+    let kv = Tensor::zeros(2, 16, DType::F32);
+    let mut write =
+        |keys: &Tensor, slots: &[u32]| write_kv(&context, keys.view(), kv.view(), slots, &mut cache);
+    write(&kv, &[0, 63]).expect("shapes fit");
+    assert!(matches!(write(&kv, &[0, 64]), Err(Error::Shape { .. })));
+    assert!(matches!(write(&kv, &[0]), Err(Error::Shape { .. })));
+    assert!(matches!(write(&Tensor::zeros(2, 8, DType::F32), &[0, 1]), Err(Error::Shape { .. })));
+}

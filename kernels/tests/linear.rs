@@ -1,0 +1,246 @@
+//! The matrix product against an f64 reference and candle.
+
+mod common;
+
+use candle_core::Device;
+use common::{FLOATS, assert_close, assert_same_bits, levels, rng, row_f64, tensor};
+use kernels::ops::linear::{LinearPart, linear};
+use kernels::{Context, DType, Error, Level, Tensor, View};
+use rand::Rng;
+
+fn run(context: &Context, x: View<'_>, parts: &[LinearPart<'_>]) -> Vec<f32> {
+    let cols = parts.iter().map(|part| part.weight.rows()).sum();
+    let mut out = Tensor::zeros(x.rows(), cols, DType::F32);
+    linear(context, x, parts, out.view_mut()).expect("shapes fit");
+    out.as_slice().to_vec()
+}
+
+fn reference(x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
+    let mut out = Vec::new();
+    for row in 0..x.rows() {
+        let x = row_f64(x, row);
+        for part in parts {
+            for n in 0..part.weight.rows() {
+                let product: f64 = row_f64(part.weight, n).iter().zip(&x).map(|(w, x)| w * x).sum();
+                out.push(product + part.bias.map_or(0.0, |bias| f64::from(bias.as_slice::<f32>()[n])));
+            }
+        }
+    }
+    out
+}
+
+/// Rounding of k products and sums of values below 1, in sixteen lanes; 4 is generous for the random walk of the errors.
+fn tolerance(k: usize) -> f64 {
+    4.0 * f64::from(f32::EPSILON) * (k as f64).sqrt().max(1.0)
+}
+
+#[test]
+fn all_types_and_odd_sizes_match_the_reference_at_every_level() {
+    let mut rng = rng(1);
+    for context in levels() {
+        for dtype in FLOATS {
+            for (rows, n, k) in
+                [(1, 1, 1), (1, 8, 16), (2, 5, 17), (3, 33, 100), (7, 3, 515), (16, 40, 96), (70, 35, 1100)]
+            {
+                let weight = tensor(&mut rng, n, k, dtype);
+                let bias = tensor(&mut rng, 1, n, DType::F32);
+                let x = tensor(&mut rng, rows, k, DType::F32);
+                for bias in [None, Some(&bias)] {
+                    let parts = [LinearPart { weight: &weight, bias }];
+                    let what = format!("{rows} rows, {n} x {k} {dtype:?}");
+                    assert_close(
+                        &run(&context, x.view(), &parts),
+                        &reference(&x, &parts),
+                        tolerance(k),
+                        &what,
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn random_shapes_strides_and_parts_match_the_reference() {
+    let mut rng = rng(2);
+    let context = Context::cpu(2);
+    for _ in 0..60 {
+        let (rows, k) = (rng.random_range(1..40), rng.random_range(1..300));
+        let (offset, rest) = (rng.random_range(0..20), rng.random_range(0..20));
+        let whole: Vec<Tensor> = (0..rng.random_range(1..4))
+            .map(|_| {
+                let (n, dtype) = (rng.random_range(1..70), FLOATS[rng.random_range(0..3)]);
+                tensor(&mut rng, n, offset + k + rest, dtype)
+            })
+            .collect();
+        let weights: Vec<Tensor> = whole.iter().map(|weight| weight.narrow_cols(offset, k)).collect();
+        let biases: Vec<Tensor> = weights.iter().map(|w| tensor(&mut rng, 1, w.rows(), DType::F32)).collect();
+        let parts: Vec<LinearPart<'_>> = weights
+            .iter()
+            .zip(&biases)
+            .enumerate()
+            .map(|(i, (weight, bias))| LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
+            .collect();
+        let x = tensor(&mut rng, rows, offset + k + rest, DType::F32).narrow_cols(offset, k);
+        assert_close(&run(&context, x.view(), &parts), &reference(&x, &parts), tolerance(k), "strided parts");
+    }
+}
+
+#[test]
+fn an_output_with_gaps_keeps_what_lies_between() {
+    let mut rng = rng(3);
+    let (weight, x) = (tensor(&mut rng, 20, 48, DType::BF16), tensor(&mut rng, 5, 48, DType::F32));
+    let mut out = Tensor::from_slice(&[7.0_f32; 5 * 30], 5, 30);
+    let parts = [LinearPart { weight: &weight, bias: None }];
+    linear(&Context::cpu(1), x.view(), &parts, out.view_mut().narrow_cols(4, 20)).expect("shapes fit");
+    let want = run(&Context::cpu(1), x.view(), &parts);
+    for (row, values) in out.as_slice::<f32>().chunks(30).enumerate() {
+        assert_same_bits(&values[4..24], &want[row * 20..][..20], "product");
+        assert!(values[..4].iter().chain(&values[24..]).all(|&value| value.to_bits() == 7.0_f32.to_bits()));
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_among_1_to_40_and_more_rows_on_1_to_3_threads() {
+    let mut rng = rng(4);
+    let contexts: Vec<Context> = (1..4).map(Context::cpu).collect();
+    for dtype in FLOATS {
+        // Above the threshold from which threads are woken, with a tail along k and a panel cut off.
+        let weight = tensor(&mut rng, 301, 1043, dtype);
+        let bias = tensor(&mut rng, 1, 301, DType::F32);
+        let parts = [LinearPart { weight: &weight, bias: Some(&bias) }];
+        let x = tensor(&mut rng, 200, 1043, DType::F32);
+        let alone: Vec<Vec<f32>> =
+            (0..200).map(|row| run(&contexts[0], x.view().narrow_rows(row, 1), &parts)).collect();
+        for rows in (1..=40).chain([64, 65, 130, 200]) {
+            let got = run(&contexts[rows % 3], x.view().narrow_rows(0, rows), &parts);
+            for (row, got) in got.chunks(301).enumerate() {
+                assert_same_bits(got, &alone[row], &format!("row {row} of {rows}, {dtype:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_parts_have_the_bits_of_parts_alone() {
+    let mut rng = rng(5);
+    let context = Context::cpu(3);
+    let weights: Vec<Tensor> = [130, 37, 200].map(|n| tensor(&mut rng, n, 777, DType::F16)).into();
+    let x = tensor(&mut rng, 6, 777, DType::F32);
+    let parts: Vec<LinearPart<'_>> = weights.iter().map(|weight| LinearPart { weight, bias: None }).collect();
+    let fused = run(&context, x.view(), &parts);
+    let mut column = 0;
+    for part in &parts {
+        let n = part.weight.rows();
+        let alone = run(&context, x.view(), &[*part]);
+        for row in 0..6 {
+            assert_same_bits(&fused[row * 367 + column..][..n], &alone[row * n..][..n], "part");
+        }
+        column += n;
+    }
+}
+
+#[test]
+fn avx2_and_avx512_give_the_same_bits() {
+    let mut rng = rng(6);
+    let contexts: Vec<Context> = [Level::Avx2, Level::Avx512]
+        .into_iter()
+        .filter(|level| level.is_available())
+        .map(|level| Context::cpu_with_level(1, level))
+        .collect();
+    for dtype in FLOATS {
+        let (weight, x) = (tensor(&mut rng, 50, 611, dtype), tensor(&mut rng, 20, 611, DType::F32));
+        let parts = [LinearPart { weight: &weight, bias: None }];
+        let results: Vec<Vec<f32>> = contexts.iter().map(|context| run(context, x.view(), &parts)).collect();
+        for result in &results {
+            assert_same_bits(result, &results[0], &format!("{dtype:?}"));
+        }
+    }
+}
+
+#[test]
+fn candle_is_a_second_witness() {
+    let mut rng = rng(7);
+    let (weight, x) = (tensor(&mut rng, 64, 256, DType::F32), tensor(&mut rng, 9, 256, DType::F32));
+    let candle = |tensor: &Tensor| {
+        candle_core::Tensor::from_slice(
+            tensor.as_slice::<f32>(),
+            (tensor.rows(), tensor.cols()),
+            &Device::Cpu,
+        )
+        .expect("a tensor")
+    };
+    let want = candle(&x).matmul(&candle(&weight).t().expect("a matrix")).expect("shapes fit");
+    let want: Vec<f64> = want
+        .flatten_all()
+        .and_then(|t| t.to_vec1::<f32>())
+        .expect("values")
+        .into_iter()
+        .map(f64::from)
+        .collect();
+    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: &weight, bias: None }]);
+    assert_close(&got, &want, 2.0 * tolerance(256), "candle");
+}
+
+#[test]
+fn nan_reaches_its_row_and_no_other() {
+    let mut rng = rng(8);
+    for context in levels() {
+        for rows in [3, 40] {
+            let weight = tensor(&mut rng, 9, 37, DType::BF16);
+            let mut x = tensor(&mut rng, rows, 37, DType::F32);
+            x.as_mut_slice::<f32>()[37 + 36] = f32::NAN;
+            let got = run(&context, x.view(), &[LinearPart { weight: &weight, bias: None }]);
+            for (i, value) in got.iter().enumerate() {
+                assert_eq!(value.is_nan(), i / 9 == 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_in_a_mapped_file_are_used_in_place_at_any_offset() {
+    let mut rng = rng(9);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let weight = tensor(&mut rng, 11, 53, DType::F16);
+    // Two bytes from the start: aligned to the element only.
+    let mut bytes = vec![0_u8; 2];
+    bytes.extend(weight.as_slice::<half::f16>().iter().flat_map(|value| value.to_le_bytes()));
+    std::fs::write(file.path(), bytes).expect("write");
+    let map = kernels::mmap::MappedFile::open(file.path()).expect("map");
+    let mapped = Tensor::mapped(map.into(), 2, DType::F16, 11, 53).expect("fits");
+    let x = tensor(&mut rng, 2, 53, DType::F32);
+    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: &mapped, bias: None }]);
+    assert_same_bits(
+        &got,
+        &run(&Context::cpu(1), x.view(), &[LinearPart { weight: &weight, bias: None }]),
+        "mapped",
+    );
+}
+
+#[test]
+fn empty_inputs_give_empty_outputs() {
+    let weight = Tensor::zeros(3, 4, DType::F32);
+    let x = Tensor::zeros(0, 4, DType::F32);
+    assert!(run(&Context::cpu(2), x.view(), &[LinearPart { weight: &weight, bias: None }]).is_empty());
+    let x = Tensor::zeros(2, 4, DType::F32);
+    assert!(run(&Context::cpu(2), x.view(), &[]).is_empty());
+}
+
+#[test]
+fn operands_that_do_not_fit_are_refused() {
+    let context = Context::cpu(1);
+    let (x, weight) = (Tensor::zeros(2, 8, DType::F32), Tensor::zeros(3, 8, DType::BF16));
+    let ints = Tensor::zeros(3, 8, DType::U32);
+    let mut out = Tensor::zeros(2, 3, DType::F32);
+    let narrow = Tensor::zeros(2, 7, DType::F32);
+    let mut wide = Tensor::zeros(2, 4, DType::F32);
+    let part = LinearPart { weight: &weight, bias: None };
+    let mut call = |x: &Tensor, part: LinearPart<'_>| linear(&context, x.view(), &[part], out.view_mut());
+    assert!(matches!(call(&narrow, part), Err(Error::Shape { .. })));
+    assert!(matches!(call(&x, LinearPart { bias: Some(&narrow), ..part }), Err(Error::Shape { .. })));
+    assert!(matches!(call(&weight, part), Err(Error::DType { .. })));
+    assert!(matches!(call(&x, LinearPart { weight: &ints, bias: None }), Err(Error::DType { .. })));
+    assert!(matches!(call(&Tensor::zeros(3, 8, DType::F32), part), Err(Error::Shape { .. })));
+    assert!(matches!(linear(&context, x.view(), &[part], wide.view_mut()), Err(Error::Shape { .. })));
+}
