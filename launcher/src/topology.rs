@@ -1,0 +1,238 @@
+//! From the number of shards to places: ranks, threads, sockets, and the files by which the processes find each other.
+
+use std::fs::Permissions;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use router::config::RouterPlacement;
+use shard::ShardPlacement;
+use tempfile::TempDir;
+
+use crate::child::ChildSettings;
+use crate::config::LauncherConfig;
+use crate::model::Model;
+use crate::supervisor::{Group, Member};
+
+/// Longest path of a Unix socket: `sun_path` has 108 bytes, the last of them zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Private directories (mode 0700) of this launch, removed when it ends.
+pub(crate) struct RunDirectory {
+    directory: TempDir,
+    /// Where the ranks of a tensor-parallel group share memory; in /dev/shm where there is one, so that their
+    /// traffic never reaches a disk.
+    shared_memory: Option<TempDir>,
+}
+
+impl RunDirectory {
+    pub(crate) fn create() -> Result<Self, TopologyError> {
+        let directory = private_directory(&std::env::temp_dir())
+            .map_err(|source| TopologyError::RunDirectory { parent: std::env::temp_dir(), source })?;
+        let shared_memory = private_directory(Path::new("/dev/shm")).ok();
+        Ok(Self { directory, shared_memory })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn rendezvous(&self) -> PathBuf {
+        self.shared_memory.as_ref().unwrap_or(&self.directory).path().join("rendezvous")
+    }
+}
+
+/// Why the processes cannot be placed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TopologyError {
+    #[error("no private directory can be made in {}: {source}; set TMPDIR to a writable directory", parent.display())]
+    RunDirectory { parent: PathBuf, source: std::io::Error },
+    #[error(
+        "the socket path {} has {} bytes but a Unix socket's holds {SOCKET_PATH_BYTES_MAX}: give a shorter \
+         --shard-uds-path, or set TMPDIR to a shorter directory",
+        path.display(), path.as_os_str().len()
+    )]
+    SocketPathTooLong { path: PathBuf },
+    #[error("{} is the socket of a server that is running: give another --shard-uds-path", path.display())]
+    SocketInUse { path: PathBuf },
+    #[error("{} exists and is no socket: give another --shard-uds-path", path.display())]
+    NotASocket { path: PathBuf },
+    #[error("{}: {source}: give a --shard-uds-path in a writable directory", path.display())]
+    Socket { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Settings(#[from] crate::child::SettingsError),
+}
+
+fn private_directory(parent: &Path) -> std::io::Result<TempDir> {
+    let permissions = Permissions::from_mode(0o700);
+    tempfile::Builder::new().prefix("lamplighter-").permissions(permissions).tempdir_in(parent)
+}
+
+/// Places all processes, and writes down for each what it is to do.
+pub(crate) fn arrange(
+    config: &LauncherConfig,
+    model: &Model,
+    run: &RunDirectory,
+) -> Result<Group, TopologyError> {
+    let mut shards = Vec::with_capacity(config.num_shard);
+    let mut sockets = Vec::with_capacity(config.num_shard);
+    for placement in place_shards(config, model, run, num_cores()) {
+        let name = format!("shard-{}", placement.rank);
+        let socket = placement.uds_path.clone();
+        clear_socket(&socket)?;
+        let settings = ChildSettings::Shard { config: config.shard.clone(), placement };
+        shards.push(Member { command: settings.command(&name, run.path())?, name });
+        sockets.push(socket);
+    }
+    let address_file = run.path().join("router-address");
+    let placement = RouterPlacement {
+        model_dir: model.directory.clone(),
+        model_name: Some(model.name.clone()),
+        shard_addresses: sockets.iter().map(|socket| socket.display().to_string()).collect(),
+        address_file: Some(address_file.clone()),
+    };
+    let settings = ChildSettings::Router { config: config.router.clone(), placement };
+    let router = Member { command: settings.command("router", run.path())?, name: "router".to_owned() };
+    let drain_timeout = Duration::from_secs(config.router.graceful_termination_timeout);
+    Ok(Group { shards, sockets, router, address_file, drain_timeout })
+}
+
+fn place_shards(
+    config: &LauncherConfig,
+    model: &Model,
+    run: &RunDirectory,
+    num_cores: usize,
+) -> Vec<ShardPlacement> {
+    let world_size = config.num_shard;
+    let prefix = config.shard_uds_path.clone().map_or_else(|| run.path().join("shard"), PathBuf::from);
+    (0..world_size)
+        .map(|rank| ShardPlacement {
+            model_dir: model.directory.clone(),
+            uds_path: with_rank(&prefix, rank),
+            rank,
+            world_size,
+            rendezvous: (world_size > 1).then(|| run.rendezvous()),
+            num_threads: Some((num_cores / world_size).max(1)),
+            json_output: config.router.json_output,
+            log_level: config.router.log_level.clone(),
+            supervised: true,
+        })
+        .collect()
+}
+
+/// TGI's meaning of `--shard-uds-path`: a prefix, to which a dash and the rank are added.
+fn with_rank(prefix: &Path, rank: usize) -> PathBuf {
+    let mut path = prefix.as_os_str().to_owned();
+    path.push(format!("-{rank}"));
+    PathBuf::from(path)
+}
+
+/// Cores that this process may use: the affinity mask and the container's limit are considered.
+fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Removes the socket that an earlier server left behind, and nothing else.
+fn clear_socket(path: &Path) -> Result<(), TopologyError> {
+    let path_buf = || path.to_owned();
+    if path.as_os_str().as_bytes().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(TopologyError::SocketPathTooLong { path: path_buf() });
+    }
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(TopologyError::Socket { path: path_buf(), source }),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Err(TopologyError::NotASocket { path: path_buf() })
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => Err(TopologyError::SocketInUse { path: path_buf() }),
+        Ok(_) => {
+            std::fs::remove_file(path).map_err(|source| TopologyError::Socket { path: path_buf(), source })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use clap::{Args, FromArgMatches};
+
+    use super::*;
+
+    fn config(arguments: &[&str]) -> LauncherConfig {
+        let command = LauncherConfig::augment_args(clap::Command::new("lamplighter").no_binary_name(true));
+        LauncherConfig::from_arg_matches(&command.get_matches_from(arguments)).unwrap()
+    }
+
+    fn model() -> Model {
+        Model { directory: PathBuf::from("/models/tiny"), name: "tiny".to_owned() }
+    }
+
+    #[test]
+    fn shards_share_the_cores_and_meet_in_one_file() {
+        let run = RunDirectory::create().unwrap();
+        let shards = place_shards(&config(&["--num-shard", "3"]), &model(), &run, 8);
+        assert_eq!(shards.iter().map(|shard| shard.rank).collect::<Vec<_>>(), [0, 1, 2]);
+        assert!(shards.iter().all(|shard| shard.world_size == 3 && shard.num_threads == Some(2)));
+        assert!(shards.iter().all(|shard| shard.rendezvous == Some(run.rendezvous())));
+    }
+
+    #[test]
+    fn more_shards_than_cores_still_have_a_thread_each() {
+        let run = RunDirectory::create().unwrap();
+        let shards = place_shards(&config(&["--num-shard", "4"]), &model(), &run, 2);
+        assert!(shards.iter().all(|shard| shard.num_threads == Some(1)));
+    }
+
+    #[test]
+    fn one_shard_has_nobody_to_meet() {
+        let run = RunDirectory::create().unwrap();
+        let shards = place_shards(&config(&[]), &model(), &run, 2);
+        assert_eq!(shards[0].rendezvous, None);
+    }
+
+    #[test]
+    fn the_socket_prefix_is_tgis() {
+        let run = RunDirectory::create().unwrap();
+        let shards = place_shards(
+            &config(&["--num-shard", "2", "--shard-uds-path", "/tmp/text-generation-server"]),
+            &model(),
+            &run,
+            2,
+        );
+        assert_eq!(shards[1].uds_path, Path::new("/tmp/text-generation-server-1"));
+    }
+
+    #[test]
+    fn run_directories_are_private_and_removed() {
+        let run = RunDirectory::create().unwrap();
+        let directories = [run.path().to_owned(), run.rendezvous().parent().unwrap().to_owned()];
+        for directory in &directories {
+            assert_eq!(directory.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        }
+        drop(run);
+        assert!(directories.iter().all(|directory| !directory.exists()));
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_removed_and_a_live_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("shard-0");
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(matches!(clear_socket(&path), Err(TopologyError::SocketInUse { .. })));
+        drop(listener);
+        clear_socket(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(clear_socket(&path), Err(TopologyError::NotASocket { .. })));
+    }
+
+    #[test]
+    fn a_socket_path_that_the_kernel_refuses_is_refused_with_the_remedy() {
+        let path = Path::new("/tmp").join("x".repeat(120));
+        let error = clear_socket(&path).unwrap_err().to_string();
+        assert!(error.contains("125 bytes") && error.contains("--shard-uds-path"), "{error}");
+    }
+}
