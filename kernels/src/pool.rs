@@ -75,6 +75,21 @@ impl Context {
         }
     }
 
+    /// Runs `task` for each of the rows, some rows at a time, or all here where they are not worth waking a thread for.
+    ///
+    /// `row_elements`: elements that a row reads or writes, weighted by what is done to them.
+    pub(crate) fn for_rows(&self, rows: usize, row_elements: usize, task: impl Fn(usize) + Sync) {
+        // About ten microseconds of one core.
+        const TASK_ELEMENTS: usize = 64 << 10;
+        let rows_per_task = (TASK_ELEMENTS / row_elements.max(1)).max(1);
+        if rows <= rows_per_task {
+            return (0..rows).for_each(task);
+        }
+        self.parallel_for(rows.div_ceil(rows_per_task), |i| {
+            (i * rows_per_task..rows.min((i + 1) * rows_per_task)).for_each(&task);
+        });
+    }
+
     pub(crate) fn level(&self) -> Level {
         self.level
     }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::Device;
-use common::{FLOATS, assert_close, assert_same_bits, levels, rng, row_f64, tensor};
+use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
 use kernels::ops::linear::{LinearPart, linear};
 use kernels::{Context, DType, Error, Level, Tensor, View};
 use rand::Rng;
@@ -13,6 +13,11 @@ fn run(context: &Context, x: View<'_>, parts: &[LinearPart<'_>]) -> Vec<f32> {
     let mut out = Tensor::zeros(x.rows(), cols, DType::F32);
     linear(context, x, parts, out.view_mut()).expect("shapes fit");
     out.as_slice().to_vec()
+}
+
+/// A row as f64.
+fn row_f64(tensor: &Tensor, row: usize) -> Vec<f64> {
+    tensor.view().row_f32(row).expect("a float type").into_iter().map(f64::from).collect()
 }
 
 fn reference(x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
@@ -161,7 +166,8 @@ fn avx2_and_avx512_give_the_same_bits() {
 #[test]
 fn candle_is_a_second_witness() {
     let mut rng = rng(7);
-    let (weight, x) = (tensor(&mut rng, 64, 256, DType::F32), tensor(&mut rng, 9, 256, DType::F32));
+    let weight = tensor(&mut rng, 64, 256, DType::F32);
+    let x = Tensor::from_slice(&uniform(&mut rng, 9 * 256), 9, 256);
     let candle = |tensor: &Tensor| {
         candle_core::Tensor::from_slice(
             tensor.as_slice::<f32>(),

@@ -1,6 +1,12 @@
 //! Rows by index.
 
-use crate::{Context, Result, Tensor, View, ViewMut};
+use half::{bf16, f16};
+
+use super::operands::{
+    SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
+};
+use crate::simd::{Float, Kernel, Simd, spans};
+use crate::{Context, DType, Result, Tensor, View, ViewMut};
 
 /// `out[i] = table[ids[i] - first_id]`, or zeros where the id is not in this rank's part of the table, so that a sum
 /// over the ranks gives each row once.
@@ -11,23 +17,62 @@ pub fn embedding(
     ids: View<'_>,
     table: &Tensor,
     first_id: u32,
-    mut out: ViewMut<'_>,
+    out: ViewMut<'_>,
 ) -> Result<()> {
-    let _ = context;
-    for (row, &id) in ids.into_slice::<u32>().iter().enumerate() {
-        match id.checked_sub(first_id).map(|id| id as usize).filter(|&id| id < table.rows()) {
-            Some(id) => out.row::<f32>(row).copy_from_slice(&table.view().row_f32(id)?),
-            None => out.row::<f32>(row).fill(0.0),
+    const OP: &str = "embedding";
+    let (rows, cols) = (out.rows(), table.cols());
+    require_float(OP, table.dtype())?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
+    let ids = u32_vector(OP, "ids", ids, rows)?;
+    let out = SharedRows::new(out);
+    context.for_rows(rows, cols, |row| {
+        // SAFETY: each task has rows of its own.
+        let out = unsafe { out.row(row) };
+        let id = ids[row].checked_sub(first_id).map(|id| id as usize).filter(|&id| id < table.rows());
+        let Some(id) = id else { return out.fill(0.0) };
+        match table.dtype() {
+            DType::F32 => context.level().run(Widen::<f32> { from: table.view().row(id), to: out }),
+            DType::F16 => context.level().run(Widen::<f16> { from: table.view().row(id), to: out }),
+            DType::BF16 => context.level().run(Widen::<bf16> { from: table.view().row(id), to: out }),
+            dtype => unreachable!("{}", unsupported_float(OP, dtype)),
         }
-    }
+    });
     Ok(())
 }
 
 /// `out[i] = x[rows[i]]`. `x`, `out`: f32 of the same width; `rows`: u32 `[1, n]`, each below `x.rows()`.
-pub fn gather_rows(context: &Context, x: View<'_>, rows: View<'_>, mut out: ViewMut<'_>) -> Result<()> {
-    let _ = context;
-    for (i, &row) in rows.into_slice::<u32>().iter().enumerate() {
-        out.row::<f32>(i).copy_from_slice(x.row::<f32>(row as usize));
-    }
+pub fn gather_rows(context: &Context, x: View<'_>, rows: View<'_>, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "gather_rows";
+    require_f32_matrix(OP, "x", matrix(x), (x.rows(), x.cols()))?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (out.rows(), x.cols()))?;
+    let rows = u32_vector(OP, "rows", rows, out.rows())?;
+    require(OP, rows.iter().all(|&row| (row as usize) < x.rows()), || {
+        format!("a row is beyond the {} of x: {rows:?}", x.rows())
+    })?;
+    let out = SharedRows::new(out);
+    context.for_rows(rows.len(), x.cols(), |i| {
+        // SAFETY: each task has rows of its own.
+        unsafe { out.row(i) }.copy_from_slice(x.row(rows[i] as usize));
+    });
     Ok(())
+}
+
+/// One row; both have one length.
+struct Widen<'a, T> {
+    from: &'a [T],
+    to: &'a mut [f32],
+}
+
+impl<T: Float> Kernel for Widen<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        assert_eq!(self.from.len(), self.to.len(), "checked by the operation");
+        for (start, len) in spans(self.to.len()) {
+            // SAFETY: a span lies within both.
+            unsafe {
+                let vector = T::load_part(simd, self.from.as_ptr().add(start), len);
+                f32::store_part(simd, self.to.as_mut_ptr().add(start), len, vector);
+            }
+        }
+    }
 }

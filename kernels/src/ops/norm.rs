@@ -1,57 +1,101 @@
 //! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
 
+use super::operands::{SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix};
+use crate::simd::{Float, Kernel, Simd, spans};
 use crate::{Context, Result, Tensor, View, ViewMut};
 
-fn normalize(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let mean_square = x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32;
-    let scale = 1.0 / (mean_square + eps).sqrt();
-    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-        *o = x * scale * w;
-    }
-}
-
 /// `out = x / rms(x) * weight`, row by row. `x`, `out`: f32 `[rows, cols]`; `weight`: f32 `[1, cols]`.
-pub fn rms_norm(
-    context: &Context,
-    x: View<'_>,
-    weight: &Tensor,
-    eps: f32,
-    mut out: ViewMut<'_>,
-) -> Result<()> {
-    let _ = context;
-    for row in 0..x.rows() {
-        normalize(x.row(row), weight.as_slice(), eps, out.row(row));
-    }
+pub fn rms_norm(context: &Context, x: View<'_>, weight: &Tensor, eps: f32, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "rms_norm";
+    let (rows, cols) = (x.rows(), x.cols());
+    require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
+    let weight = f32_vector(OP, "weight", weight, cols)?;
+    let out = SharedRows::new(out);
+    context.for_rows(rows, cols, |row| {
+        // SAFETY: each task has rows of its own.
+        let out = unsafe { out.row(row) };
+        context.level().run(Normalize { x: x.row(row).as_ptr(), weight, eps, out });
+    });
     Ok(())
 }
 
 /// `residual += x; out = rms_norm(residual)`. All f32 `[rows, cols]`; `weight`: f32 `[1, cols]`.
 pub fn add_rms_norm(
     context: &Context,
-    mut residual: ViewMut<'_>,
+    residual: ViewMut<'_>,
     x: View<'_>,
     weight: &Tensor,
     eps: f32,
-    mut out: ViewMut<'_>,
+    out: ViewMut<'_>,
 ) -> Result<()> {
-    let _ = context;
-    for row in 0..x.rows() {
-        let sum = residual.row::<f32>(row);
-        sum.iter_mut().zip(x.row::<f32>(row)).for_each(|(r, x)| *r += x);
-        normalize(sum, weight.as_slice(), eps, out.row(row));
-    }
+    const OP: &str = "add_rms_norm";
+    let (rows, cols) = (x.rows(), x.cols());
+    require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
+    require_f32_matrix(OP, "residual", matrix_mut(&residual), (rows, cols))?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
+    let weight = f32_vector(OP, "weight", weight, cols)?;
+    let (residual, out) = (SharedRows::new(residual), SharedRows::new(out));
+    context.for_rows(rows, 2 * cols, |row| {
+        // SAFETY: each task has rows of its own.
+        let (residual, out) = unsafe { (residual.row(row), out.row(row)) };
+        residual.iter_mut().zip(x.row::<f32>(row)).for_each(|(sum, x)| *sum += x);
+        context.level().run(Normalize { x: residual.as_ptr(), weight, eps, out });
+    });
     Ok(())
 }
 
 /// RMS normalization of each head by itself, in place (query-key norm). `x`: f32 `[rows, heads * head_dim]`; `weight`:
 /// f32 `[1, head_dim]`.
-pub fn rms_norm_heads(context: &Context, mut x: ViewMut<'_>, weight: &Tensor, eps: f32) -> Result<()> {
-    let _ = context;
-    for row in 0..x.rows() {
-        for head in x.row::<f32>(row).chunks_exact_mut(weight.cols()) {
-            let input = head.to_vec();
-            normalize(&input, weight.as_slice(), eps, head);
+pub fn rms_norm_heads(context: &Context, x: ViewMut<'_>, weight: &Tensor, eps: f32) -> Result<()> {
+    const OP: &str = "rms_norm_heads";
+    let (rows, cols, head_dim) = (x.rows(), x.cols(), weight.cols());
+    require_f32_matrix(OP, "x", matrix_mut(&x), (rows, cols))?;
+    require(OP, head_dim > 0 && cols.is_multiple_of(head_dim), || {
+        format!("x has {cols} columns, expected a multiple of the weight's {head_dim}")
+    })?;
+    let weight = f32_vector(OP, "weight", weight, head_dim)?;
+    let x = SharedRows::new(x);
+    context.for_rows(rows, cols, |row| {
+        // SAFETY: each task has rows of its own.
+        for head in unsafe { x.row(row) }.chunks_exact_mut(head_dim) {
+            context.level().run(Normalize { x: head.as_ptr(), weight, eps, out: head });
+        }
+    });
+    Ok(())
+}
+
+/// One row; `x` has as many elements as `weight` and `out`, and may be `out`.
+struct Normalize<'a> {
+    x: *const f32,
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Normalize<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let len = self.weight.len();
+        assert_eq!(len, self.out.len(), "checked by the operation");
+        // With `x` perhaps the same memory, `out` is reached by its pointer alone.
+        let out = self.out.as_mut_ptr();
+        let x = if std::ptr::eq(self.x, out) { out.cast_const() } else { self.x };
+        let mut squares = simd.splat(0.0);
+        for (start, len) in spans(len) {
+            // SAFETY: a span lies within the row.
+            let x = unsafe { f32::load_part(simd, x.add(start), len) };
+            squares = simd.mul_add(x, x, squares);
+        }
+        let mean = simd.sum(squares) / len as f32;
+        let scale = simd.splat(1.0 / (mean + self.eps).sqrt());
+        for (start, len) in spans(len) {
+            // SAFETY: a span lies within the three; it is read before it is written.
+            unsafe {
+                let weight = f32::load_part(simd, self.weight.as_ptr().add(start), len);
+                let scaled = simd.mul(f32::load_part(simd, x.add(start), len), scale);
+                f32::store_part(simd, out.add(start), len, simd.mul(scaled, weight));
+            }
         }
     }
-    Ok(())
 }

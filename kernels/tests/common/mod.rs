@@ -1,5 +1,4 @@
 //! What the tests of several operations share.
-#![expect(dead_code, reason = "each test executable uses its part")]
 
 use kernels::{Context, DType, Level, Tensor};
 use rand::rngs::StdRng;
@@ -27,11 +26,6 @@ pub(crate) fn tensor(rng: &mut StdRng, rows: usize, cols: usize, dtype: DType) -
 pub(crate) fn levels() -> Vec<Context> {
     let available = Level::ALL.into_iter().filter(|level| level.is_available());
     available.map(|level| Context::cpu_with_level(1, level)).collect()
-}
-
-/// A row as f64.
-pub(crate) fn row_f64(tensor: &Tensor, row: usize) -> Vec<f64> {
-    tensor.view().row_f32(row).expect("a float type").into_iter().map(f64::from).collect()
 }
 
 /// Fails with the place of the worst difference unless all are within `tolerance`, absolute.
