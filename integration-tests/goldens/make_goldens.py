@@ -76,8 +76,11 @@ CONFIGS = {
     # Of the wavelengths 6, 32, 167, ... the first is left alone, the second is in between and the others are scaled.
     "llama3": {**LLAMA, "head_dim": 16, "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": {
         "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}},
+    "llama_bias": {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **QWEN2},
+    "qwen2_window": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **QWEN2,
+        "max_window_layers": 1, "sliding_window": 8, "use_sliding_window": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 32, **QWEN2},
 }
 # The same weights in other files: both must give the same numbers.

@@ -46,11 +46,6 @@ impl Weights {
         self.size_in_bytes
     }
 
-    /// Whether there is such a tensor (and it has not been taken).
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
-    }
-
     /// The matrix `name`, `[rows, cols]` in the file, or this rank's part of it.
     pub fn take_matrix(
         &mut self,

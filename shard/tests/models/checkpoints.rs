@@ -1,18 +1,16 @@
 //! Checkpoints as they come: under old and new keys, in other element types, damaged, and asking for what we cannot do.
 
-mod support;
-
 use std::path::Path;
 
+use crate::rank::{Rank, assert_close, golden, golden_dir};
 use kernels::DType;
 use serde_json::{Value, json};
 use shard::Dtype;
 use shard::models::{self, LoadError};
-use support::{Rank, assert_close, golden, golden_dir};
 use tempfile::TempDir;
 
 /// A copy of a golden's config.json and weights, to be changed.
-fn copy_of(name: &str) -> TempDir {
+pub(crate) fn copy_of(name: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors", "generation_config.json"] {
         std::fs::copy(golden_dir(name).join(file), dir.path().join(file)).unwrap();
@@ -21,7 +19,7 @@ fn copy_of(name: &str) -> TempDir {
 }
 
 /// Sets fields of config.json; null removes one, `"null"` sets it to null.
-fn change_config(dir: &Path, changes: &Value) {
+pub(crate) fn change_config(dir: &Path, changes: &Value) {
     let path = dir.join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     for (field, value) in changes.as_object().unwrap() {

@@ -8,8 +8,18 @@ use shard::decoder::{ForwardInput, KvCache, StepLimits};
 use shard::models::{self, Model};
 
 /// All of `integration-tests/goldens`.
-pub const GOLDENS: &[&str] =
-    &["llama", "llama3", "llama_bf16", "llama_f16", "llama_sharded", "mistral", "qwen2", "qwen3"];
+pub(crate) const GOLDENS: &[&str] = &[
+    "llama",
+    "llama3",
+    "llama_bf16",
+    "llama_bias",
+    "llama_f16",
+    "llama_sharded",
+    "mistral",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+];
 
 /// Small, so that sequences end within blocks and cross many borders.
 const BLOCK_SIZE: usize = 4;
@@ -17,20 +27,20 @@ const MAX_BLOCKS: usize = 24;
 const MAX_SEQUENCES: usize = 2;
 const MAX_POSITION: usize = BLOCK_SIZE * MAX_BLOCKS;
 
-pub fn golden_dir(name: &str) -> PathBuf {
+pub(crate) fn golden_dir(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name)
 }
 
 /// What transformers computed for one prompt.
 #[derive(serde::Deserialize)]
-pub struct Prompt {
-    pub token_ids: Vec<u32>,
-    pub logprobs: Vec<Option<f32>>,
-    pub greedy: Vec<u32>,
+pub(crate) struct Prompt {
+    pub(crate) token_ids: Vec<u32>,
+    pub(crate) logprobs: Vec<Option<f32>>,
+    pub(crate) greedy: Vec<u32>,
 }
 
 /// The prompts of a golden, with the logits of the last positions of each.
-pub fn golden(name: &str) -> Vec<(Prompt, Vec<Vec<f32>>)> {
+pub(crate) fn golden(name: &str) -> Vec<(Prompt, Vec<Vec<f32>>)> {
     #[derive(serde::Deserialize)]
     struct Golden {
         prompts: Vec<Prompt>,
@@ -50,28 +60,28 @@ pub fn golden(name: &str) -> Vec<(Prompt, Vec<Vec<f32>>)> {
 }
 
 /// Tokens of one sequence that a step computes.
-pub struct Chunk<'a> {
+pub(crate) struct Chunk<'a> {
     /// `0 .. MAX_SEQUENCES`.
-    pub sequence: usize,
+    pub(crate) sequence: usize,
     /// Tokens computed before.
-    pub start: usize,
-    pub token_ids: &'a [u32],
+    pub(crate) start: usize,
+    pub(crate) token_ids: &'a [u32],
 }
 
 /// One rank with room for two sequences.
-pub struct Rank {
-    pub model: Model,
+pub(crate) struct Rank {
+    pub(crate) model: Model,
     context: Context,
     communicator: Box<dyn Communicator>,
     cache: KvCache,
 }
 
 impl Rank {
-    pub fn alone(dir: &Path) -> Self {
+    pub(crate) fn alone(dir: &Path) -> Self {
         Self::new(models::load(dir, None, 0, 1).unwrap(), Box::new(Local))
     }
 
-    pub fn new(mut model: Model, communicator: Box<dyn Communicator>) -> Self {
+    pub(crate) fn new(mut model: Model, communicator: Box<dyn Communicator>) -> Self {
         let max_step_tokens = MAX_SEQUENCES * MAX_POSITION;
         model.decoder.prepare(StepLimits {
             max_step_tokens,
@@ -83,7 +93,7 @@ impl Rank {
     }
 
     /// Computes one step; the logits of all its rows.
-    pub fn step(&mut self, chunks: &[Chunk<'_>]) -> Vec<Vec<f32>> {
+    pub(crate) fn step(&mut self, chunks: &[Chunk<'_>]) -> Vec<Vec<f32>> {
         let input = flat_batch(chunks);
         let decoder = &mut self.model.decoder;
         decoder.forward(&self.context, &mut *self.communicator, &input, &mut self.cache).unwrap();
@@ -93,12 +103,12 @@ impl Rank {
     }
 
     /// The logits of a whole prompt in one step.
-    pub fn prompt(&mut self, token_ids: &[u32]) -> Vec<Vec<f32>> {
+    pub(crate) fn prompt(&mut self, token_ids: &[u32]) -> Vec<Vec<f32>> {
         self.step(&[Chunk { sequence: 0, start: 0, token_ids }])
     }
 
     /// The prompt in one step, then `num_tokens` tokens one by one, always the likeliest.
-    pub fn greedy(&mut self, prompt: &[u32], num_tokens: usize) -> Vec<u32> {
+    pub(crate) fn greedy(&mut self, prompt: &[u32], num_tokens: usize) -> Vec<u32> {
         let mut logits = self.prompt(prompt);
         let mut tokens = vec![argmax(logits.last().unwrap())];
         while tokens.len() < num_tokens {
@@ -131,14 +141,14 @@ fn flat_batch(chunks: &[Chunk<'_>]) -> ForwardInput {
     input
 }
 
-pub fn argmax(logits: &[f32]) -> u32 {
+fn argmax(logits: &[f32]) -> u32 {
     let best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
     (0..logits.len()).reduce(best).unwrap() as u32
 }
 
 /// Asserts that two lists of logits differ by no more than `tolerance` anywhere.
 #[track_caller]
-pub fn assert_close(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>], tolerance: f32) {
+pub(crate) fn assert_close(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{what}: rows");
     for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(found.len(), expected.len(), "{what}: columns");
