@@ -46,11 +46,6 @@ impl Sequence {
         }
     }
 
-    /// How many known tokens are not computed yet.
-    pub(super) fn pending_len(&self) -> usize {
-        self.token_ids.len() - self.computed_len
-    }
-
     /// Appends a token that was chosen, and says whether the sequence ends with it.
     pub(super) fn push(&mut self, token_id: u32, eos_token_ids: &[u32]) -> FinishReason {
         self.token_ids.push(token_id);
@@ -104,7 +99,6 @@ pub(super) mod tests {
     #[test]
     fn tokens_generated_before_a_preemption_count_for_the_length() {
         let mut sequence = sequence(3, false, &[20, 21]);
-        assert_eq!(sequence.pending_len(), 4);
         assert_eq!(sequence.push(22, &[1]), FinishReason::Length);
         assert!(sequence.finished);
         assert_eq!(sequence.token_ids, [10, 11, 20, 21, 22]);

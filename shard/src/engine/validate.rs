@@ -100,7 +100,7 @@ impl StepValidator {
     ) -> Result<(), Error> {
         self.admitted.clear();
         for (index, new) in admit.iter().enumerate() {
-            let in_entry = |error: Error| within(format!("admit[{index}]"), error);
+            let in_entry = |error: Error| within(&format!("admit[{index}]"), error);
             let id = new.sequence_id;
             let known = sequences.contains_key(&id) && !self.released.contains(&id);
             if known || self.admitted.contains_key(&id) {
@@ -125,7 +125,7 @@ impl StepValidator {
         self.scheduled.clear();
         let mut seen_chunk = false;
         for (index, scheduled) in schedule.iter().enumerate() {
-            let in_entry = |error: Error| within(format!("schedule[{index}]"), error);
+            let in_entry = |error: Error| within(&format!("schedule[{index}]"), error);
             let id = scheduled.sequence_id;
             let admitted = self.admitted.get(&id).copied();
             let known = sequences.get(&id).filter(|_| !self.released.contains(&id)).map(Place::of);
@@ -208,9 +208,9 @@ fn check_new_sequence(new: &NewSequence, limits: &Limits) -> Result<(), Error> {
     let most = limits.max_total_tokens.div_ceil(limits.block_size);
     in_range("the number of block_ids", new.block_ids.len(), needed..=most)?;
     let sampling = new.sampling.as_ref().ok_or_else(|| Error::invalid("sampling", "must be set"))?;
-    check_sampling(sampling, limits).map_err(|error| within("sampling".to_owned(), error))?;
-    let stopping = new.stopping.as_ref().ok_or_else(|| Error::invalid("stopping", "must be set"))?;
-    check_stopping(stopping, new, limits).map_err(|error| within("stopping".to_owned(), error))?;
+    check_sampling(sampling, limits).map_err(|error| within("sampling", error))?;
+    let stopping = new.stopping.ok_or_else(|| Error::invalid("stopping", "must be set"))?;
+    check_stopping(stopping, new, limits).map_err(|error| within("stopping", error))?;
     in_range("top_n_tokens", new.top_n_tokens as usize, 0..=limits.vocab_size)?;
     if new.prompt_logprobs && new.computed_tokens > 0 {
         let message = "needs computed_tokens == 0: what is not computed here has no logits";
@@ -219,7 +219,7 @@ fn check_new_sequence(new: &NewSequence, limits: &Limits) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_stopping(stopping: &StoppingParameters, new: &NewSequence, limits: &Limits) -> Result<(), Error> {
+fn check_stopping(stopping: StoppingParameters, new: &NewSequence, limits: &Limits) -> Result<(), Error> {
     let prompt_len = new.prompt_tokens as usize;
     let num_generated = new.token_ids.len() - prompt_len;
     let max_new_tokens = stopping.max_new_tokens as usize;
@@ -310,7 +310,7 @@ fn positive_up_to(field: &str, value: f32, most: f32) -> Result<(), Error> {
 }
 
 /// The same error with the field's path from further outside.
-fn within(path: String, error: Error) -> Error {
+fn within(path: &str, error: Error) -> Error {
     match error {
         Error::InvalidArgument { field, message } => {
             Error::InvalidArgument { field: format!("{path}.{field}"), message }

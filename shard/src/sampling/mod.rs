@@ -4,6 +4,7 @@
 //! position of the token to choose, so what it chooses does not depend on what else is in the batch.
 //!
 //! To add a processor: one file beside these, one line in [`PROCESSORS`] (docs/how-to/add-a-logits-processor.md).
+#![expect(clippy::float_cmp, reason = "neutral values switch a processor off, and equal means the same bits")]
 
 use proto::v1::SamplingParameters;
 

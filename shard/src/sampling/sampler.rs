@@ -23,8 +23,12 @@ impl Sampler {
     /// are in their ranges, and ids below the vocabulary's size.
     pub(crate) fn new(parameters: &SamplingParameters, prompt: &[u32], generated: &[u32]) -> Self {
         let mut history = History::new(parameters);
-        prompt.iter().for_each(|&token_id| history.push_prompt(token_id));
-        generated.iter().for_each(|&token_id| history.push_generated(token_id));
+        for &token_id in prompt {
+            history.push_prompt(token_id);
+        }
+        for &token_id in generated {
+            history.push_generated(token_id);
+        }
         Self {
             processors: PROCESSORS.iter().filter_map(|build| build(parameters)).collect(),
             history,
@@ -110,7 +114,7 @@ mod tests {
         let expected = run(&mut alone, &mut Scratch::default(), 2..40);
 
         let mut scratch = Scratch::default();
-        let mut company = Sampler::new(&SamplingParameters { seed: 5, ..parameters() }, &[7], &[]);
+        let company = Sampler::new(&SamplingParameters { seed: 5, ..parameters() }, &[7], &[]);
         let mut sampler = Sampler::new(&parameters(), &[1, 2], &[]);
         let mut tokens = Vec::new();
         for position in 2..40 {
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn logprobs_are_those_of_the_raw_distribution() {
-        let logits = [0.0, 1.0, 2.0];
+        let logits = [0.0, 1.0, 2.0, -1.0];
         let sampler = Sampler::new(&parameters(), &[2], &[2, 2]);
         let sampled = sampler.sample(&logits, 3, 2, &mut Scratch::default()).unwrap();
         let softmax = LogSoftmax::of(&logits).unwrap();

@@ -25,7 +25,7 @@ use crate::models;
 
 /// How long ranks wait for each other, when they join and in each operation: longer than ranks differ in mapping and
 /// first reading their weights from a slow disk, shorter than a person's patience.
-const PEER_TIMEOUT: Duration = Duration::from_secs(120);
+const PEER_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// How long answers on their way may take to be written when the server ends.
 const LAST_WORDS: Duration = Duration::from_millis(500);

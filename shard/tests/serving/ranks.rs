@@ -1,0 +1,75 @@
+//! Two ranks in two threads.
+
+use std::path::Path;
+use std::time::Duration;
+
+use kernels::Context;
+use kernels::collective::{Local, SharedMemory};
+use proto::v1::{NewSequence, StepRequest};
+use shard::engine::{Engine, Origin};
+use shard::{Error, models};
+
+use crate::checkpoints::llama;
+use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, request, unequal_requests};
+
+/// Messages do not depend on answers, so that each rank gets the same from its own driver.
+const BLIND: Plan = Plan { blind: true, ..WHOLE_PROMPTS };
+
+fn rank(rendezvous: &Path, rank: usize) -> Engine {
+    let communicator = SharedMemory::join(rendezvous, rank, 2, Duration::from_mins(1)).unwrap();
+    let mut engine =
+        Engine::new(models::load(&llama(), None, rank, 2).unwrap(), Context::cpu(1), Box::new(communicator));
+    engine.warmup(&WARMUP).unwrap();
+    engine
+}
+
+/// Does the same on two ranks at once.
+fn on_both<T: Send>(work: impl Fn(usize, Engine) -> T + Sync) -> [T; 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let rendezvous = dir.path().join("ranks");
+    std::thread::scope(|scope| {
+        let (work, rendezvous) = (&work, &rendezvous);
+        [0, 1]
+            .map(|index| scope.spawn(move || work(index, rank(rendezvous, index))))
+            .map(|thread| thread.join().unwrap())
+    })
+}
+
+fn tokens(engine: &mut Engine, requests: &[NewSequence]) -> Vec<Outcome> {
+    generate(requests, BLIND, |request| engine.step(request, Origin::Run).unwrap())
+}
+
+#[test]
+fn two_ranks_choose_the_same_tokens_as_one_and_rank_0_reports_them() {
+    let mut alone =
+        Engine::new(models::load(&llama(), None, 0, 1).unwrap(), Context::cpu(2), Box::new(Local));
+    alone.warmup(&WARMUP).unwrap();
+    let expected = tokens(&mut alone, &unequal_requests());
+    let [first, second] = on_both(|_, mut engine| tokens(&mut engine, &unequal_requests()));
+    for (outcome, expected) in first.iter().zip(&expected) {
+        assert_eq!(outcome.token_ids(), expected.token_ids());
+        assert_eq!(outcome.finish_reason, expected.finish_reason);
+        // Sums over ranks are added in another order than within one.
+        for (token, expected) in outcome.tokens.iter().zip(&expected.tokens) {
+            assert!((token.logprob - expected.logprob).abs() < 1e-4);
+        }
+    }
+    assert!(second.iter().all(|outcome| outcome.tokens.is_empty() && outcome.prompt_tokens.is_empty()));
+}
+
+#[test]
+fn ranks_that_compute_different_steps_notice() {
+    let [first, second] = on_both(|rank, mut engine| {
+        let new = request(1, &[5, 6, 7]);
+        let schedule =
+            vec![proto::v1::ScheduledSequence { sequence_id: 1, num_tokens: 3, append_block_ids: vec![0] }];
+        engine.step(
+            StepRequest { step_id: 1 + rank as u64, admit: vec![new], schedule, ..StepRequest::default() },
+            Origin::Run,
+        )
+    });
+    assert!(first.is_ok());
+    let error = second.unwrap_err();
+    assert!(matches!(error, Error::RanksDisagree { rank: 1, step_id: 2, num_entries: 1 }), "{error}");
+    assert!(error.is_fatal());
+}

@@ -1,0 +1,300 @@
+//! The service over a real Unix socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proto::client::{ShardAddress, connect, shard_client};
+use proto::v1::shard_client::ShardClient;
+use proto::v1::{InfoRequest, ScheduledSequence, StepRequest, StepResponse};
+use shard::{ShardConfig, ShardPlacement, service};
+use tempfile::TempDir;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Code, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::checkpoints::llama;
+use crate::driver::{WARMUP, prompt, request};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A service in this process, with its socket in a directory of its own.
+struct Served {
+    dir: TempDir,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<anyhow::Result<()>>,
+}
+
+fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
+    ShardPlacement {
+        model_dir: llama(),
+        uds_path: dir.join(format!("shard-{rank}")),
+        rank,
+        world_size,
+        rendezvous: (world_size > 1).then(|| dir.join("ranks")),
+        num_threads: Some(1),
+        json_output: false,
+        log_level: "info".to_owned(),
+        supervised: false,
+    }
+}
+
+fn start(placement: ShardPlacement) -> (oneshot::Sender<()>, JoinHandle<anyhow::Result<()>>) {
+    let (stop, stopped) = oneshot::channel();
+    let serve = service::serve(ShardConfig { dtype: None }, placement, async {
+        let _ = stopped.await;
+    });
+    (stop, tokio::spawn(serve))
+}
+
+async fn channel(socket: &Path) -> Channel {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match connect(&ShardAddress::Unix(socket.to_owned()), PATIENCE).await {
+            Ok(channel) => return channel,
+            Err(error) => assert!(tokio::time::Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Waits until the health service says so of the process and of the service.
+async fn wait_for(channel: &Channel, expected: ServingStatus) {
+    for service in ["", "lamplighter.shard.v1.Shard"] {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let mut statuses = HealthClient::new(channel.clone()).watch(request).await.unwrap().into_inner();
+        let reached = async { while statuses.message().await.unwrap().unwrap().status() != expected {} };
+        tokio::time::timeout(PATIENCE, reached).await.unwrap();
+    }
+}
+
+impl Served {
+    async fn start() -> (Self, ShardClient<Channel>) {
+        let dir = tempfile::tempdir().unwrap();
+        let (stop, ended) = start(placement(dir.path(), 0, 1));
+        let channel = channel(&dir.path().join("shard-0")).await;
+        wait_for(&channel, ServingStatus::Serving).await;
+        (Self { dir, stop, ended }, shard_client(channel))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("shard-0")
+    }
+
+    async fn stop(self) {
+        self.stop.send(()).unwrap();
+        tokio::time::timeout(PATIENCE, self.ended).await.unwrap().unwrap().unwrap();
+    }
+}
+
+fn first_step(step_id: u64, sequence_id: u64) -> StepRequest {
+    let scheduled = ScheduledSequence { sequence_id, num_tokens: 5, append_block_ids: vec![0] };
+    StepRequest {
+        step_id,
+        admit: vec![request(sequence_id, &prompt(0, 5))],
+        schedule: vec![scheduled],
+        ..StepRequest::default()
+    }
+}
+
+fn decode_step(step_id: u64, sequence_id: u64) -> StepRequest {
+    let scheduled = ScheduledSequence { sequence_id, num_tokens: 1, append_block_ids: vec![] };
+    StepRequest { step_id, schedule: vec![scheduled], ..StepRequest::default() }
+}
+
+async fn open_run(client: &mut ShardClient<Channel>) -> (mpsc::Sender<StepRequest>, Streaming<StepResponse>) {
+    let (steps, queued) = mpsc::channel(16);
+    let answers = client.run(ReceiverStream::new(queued)).await.unwrap().into_inner();
+    (steps, answers)
+}
+
+/// Asks until the end of the stream has come to the other side.
+async fn step_when_free(
+    client: &mut ShardClient<Channel>,
+    step: &StepRequest,
+) -> Result<StepResponse, tonic::Status> {
+    loop {
+        match client.step(step.clone()).await {
+            Err(status) if status.code() == Code::FailedPrecondition => tokio::task::yield_now().await,
+            outcome => return outcome.map(tonic::Response::into_inner),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_person_can_drive_a_shard_step_by_step() {
+    let (served, mut client) = Served::start().await;
+    let info = client.info(InfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.vocab_size, 384);
+
+    let early = client.step(first_step(1, 1)).await.unwrap_err();
+    assert_eq!(early.code(), Code::FailedPrecondition);
+    let warm = client.warmup(WARMUP).await.unwrap().into_inner();
+    assert_eq!(warm.num_blocks, 40);
+
+    let answer = client.step(first_step(1, 1)).await.unwrap().into_inner();
+    assert_eq!(answer.outputs[0].tokens.len(), 1);
+    assert!(answer.step_us >= answer.forward_us + answer.sample_us);
+    let answer = client.step(decode_step(2, 1)).await.unwrap().into_inner();
+    assert_eq!(answer.outputs[0].tokens.len(), 1);
+    let wrong = client.step(decode_step(3, 9)).await.unwrap_err();
+    assert_eq!(
+        (wrong.code(), wrong.message()),
+        (Code::InvalidArgument, "schedule[0].sequence_id 9 is not known: admit it, in this step or before",)
+    );
+    let wrong =
+        client.warmup(proto::v1::WarmupRequest { max_total_tokens: 1025, ..WARMUP }).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn steps_of_a_stream_may_be_queued_ahead_and_are_answered_in_order() {
+    let (served, mut client) = Served::start().await;
+    client.warmup(WARMUP).await.unwrap();
+    let (steps, mut answers) = open_run(&mut client).await;
+    // More than wait for the engine at once; the client does not read before all are sent.
+    steps.send(first_step(1, 1)).await.unwrap();
+    for step_id in 2..=16 {
+        steps.send(decode_step(step_id, 1)).await.unwrap();
+    }
+    drop(steps);
+    for step_id in 1..=16 {
+        let answer = answers.message().await.unwrap().unwrap();
+        assert_eq!(answer.step_id, step_id);
+        assert_eq!(answer.outputs[0].tokens.len(), 1);
+    }
+    assert!(answers.message().await.unwrap().is_none());
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn there_is_one_stream_at_a_time_and_its_end_releases_all_sequences() {
+    let (served, mut client) = Served::start().await;
+    client.warmup(WARMUP).await.unwrap();
+    let (steps, mut answers) = open_run(&mut client).await;
+    steps.send(first_step(1, 1)).await.unwrap();
+    answers.message().await.unwrap().unwrap();
+
+    let second = client.run(tokio_stream::pending::<StepRequest>()).await.unwrap_err();
+    assert_eq!(second.code(), Code::FailedPrecondition);
+    let step = client.step(decode_step(2, 1)).await.unwrap_err();
+    assert_eq!(step.code(), Code::FailedPrecondition);
+
+    // The client goes away without a word.
+    drop((steps, answers));
+    let released = step_when_free(&mut client, &decode_step(2, 1)).await.unwrap_err();
+    assert_eq!(released.code(), Code::InvalidArgument);
+    let (steps, mut answers) = open_run(&mut client).await;
+    steps.send(first_step(1, 1)).await.unwrap();
+    assert_eq!(answers.next().await.unwrap().unwrap().step_id, 1);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_wrong_step_ends_its_stream_and_nothing_else() {
+    let (served, mut client) = Served::start().await;
+    client.warmup(WARMUP).await.unwrap();
+    let (steps, mut answers) = open_run(&mut client).await;
+    for step in [first_step(1, 1), decode_step(2, 7), decode_step(3, 1)] {
+        steps.send(step).await.unwrap();
+    }
+    assert_eq!(answers.message().await.unwrap().unwrap().step_id, 1);
+    assert_eq!(answers.message().await.unwrap_err().code(), Code::InvalidArgument);
+    assert!(answers.message().await.unwrap().is_none());
+    step_when_free(&mut client, &first_step(1, 1)).await.unwrap();
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_shard_answers_before_its_model_is_loaded_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_stop_0, _ended_0) = start(placement(dir.path(), 0, 2));
+    // Rank 0 has not joined its group as long as rank 1 is not there.
+    let channel_0 = channel(&dir.path().join("shard-0")).await;
+    wait_for(&channel_0, ServingStatus::NotServing).await;
+    let status = shard_client(channel_0.clone()).info(InfoRequest {}).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+
+    let (_stop_1, _ended_1) = start(placement(dir.path(), 1, 2));
+    let channel_1 = channel(&dir.path().join("shard-1")).await;
+    wait_for(&channel_0, ServingStatus::Serving).await;
+    wait_for(&channel_1, ServingStatus::Serving).await;
+    let info = shard_client(channel_1).info(InfoRequest {}).await.unwrap().into_inner();
+    assert_eq!((info.rank, info.world_size), (1, 2));
+}
+
+#[tokio::test]
+async fn the_socket_is_private_and_goes_with_the_shard() {
+    use std::os::unix::fs::PermissionsExt;
+    let (served, mut client) = Served::start().await;
+    client.warmup(WARMUP).await.unwrap();
+    let mode = std::fs::metadata(served.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // A client that keeps its stream open does not hold the shard back.
+    let (_steps, _answers) = open_run(&mut client).await;
+    let (socket, dir) = (served.socket(), served.dir.path().to_owned());
+    let Served { dir: _guard, stop, ended } = served;
+    stop.send(()).unwrap();
+    tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap().unwrap();
+    assert!(!socket.exists());
+    assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_shard_that_cannot_load_its_model_ends_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = async |change: fn(&mut ShardPlacement), expected: &str| {
+        let mut placement = placement(dir.path(), 0, 1);
+        change(&mut placement);
+        let (_stop, ended) = start(placement);
+        let error = tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap().unwrap_err();
+        assert!(format!("{error:#}").contains(expected), "{error:#}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    };
+    check(|placement| placement.model_dir = "/nowhere".into(), "/nowhere/config.json").await;
+    check(|placement| placement.rank = 1, "--rank is 1").await;
+    check(|placement| placement.world_size = 2, "--rendezvous").await;
+    check(|placement| placement.num_threads = Some(0), "--num-threads").await;
+}
+
+#[tokio::test]
+async fn both_versions_of_reflection_list_all_services() {
+    use tonic_reflection::pb::{v1, v1alpha};
+    let expected = [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "lamplighter.shard.v1.Shard",
+    ];
+    let (served, _client) = Served::start().await;
+    let channel = channel(&served.socket()).await;
+    macro_rules! listed_by {
+        ($version:ident) => {{
+            use $version::server_reflection_request::MessageRequest;
+            use $version::server_reflection_response::MessageResponse;
+            let message_request = Some(MessageRequest::ListServices(String::new()));
+            let request = $version::ServerReflectionRequest { host: String::new(), message_request };
+            let mut client = $version::server_reflection_client::ServerReflectionClient::new(channel.clone());
+            let mut answers =
+                client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+            match answers.message().await.unwrap().unwrap().message_response {
+                Some(MessageResponse::ListServicesResponse(list)) => {
+                    let mut names: Vec<String> =
+                        list.service.into_iter().map(|service| service.name).collect();
+                    names.sort();
+                    names
+                }
+                other => panic!("{other:?}"),
+            }
+        }};
+    }
+    assert_eq!(listed_by!(v1), expected);
+    assert_eq!(listed_by!(v1alpha), expected);
+    served.stop().await;
+}
