@@ -3,6 +3,7 @@
 //! `cargo bench -p kernels --bench linear [-- THREADS]`. All figures of a table come from one run; on a shared machine only
 //! their ratios mean something.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
+#![expect(unsafe_code, reason = "the probes call instructions by name")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use kernels::{Context, DType, Tensor, available_cores};
 const LEAST: Duration = Duration::from_millis(300);
 
 fn main() {
+    // cargo adds `--bench`.
     let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or_else(available_cores);
     let context = Context::cpu(threads);
     let read = read_gb_per_s(&context);
@@ -53,39 +55,86 @@ fn best_seconds(mut run: impl FnMut()) -> f64 {
 /// Bytes per second that the threads read together, from memory far larger than the caches.
 fn read_gb_per_s(context: &Context) -> f64 {
     let data = vec![1_u64; (512 << 20) / 8];
-    let chunks: Vec<&[u64]> = data.chunks(1 << 15).collect();
+    let chunks: Vec<&[u64]> = data.chunks(1 << 17).collect();
     let seconds = best_seconds(|| {
         context.parallel_for(chunks.len(), |i| {
-            let sum = chunks[i].iter().fold(0_u64, |sum, &value| sum.wrapping_add(value));
-            black_box(sum);
+            let mut sums = [0_u64; 16];
+            for values in chunks[i].chunks_exact(16) {
+                sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum = sum.wrapping_add(value));
+            }
+            black_box(sums);
         });
     });
     (512 << 20) as f64 / seconds / 1e9
 }
 
-/// A product whose operands stay in the first-level cache: the most that this arithmetic can do here. Each thread does its
-/// own.
+/// Multiply-adds on registers alone, on all threads: the most that this arithmetic can do here.
 fn multiply_add_gflop_per_s(context: &Context) -> f64 {
-    let single = Context::cpu(1);
-    let (n, k, rows) = (4, 1024, 4);
-    let weight = Tensor::zeros(n, k, DType::F32);
-    let x = Tensor::zeros(rows, k, DType::F32);
-    let (repeats, tasks) = (2000, context.num_threads());
+    const REPEATS: usize = 100_000;
+    let tasks = context.num_threads();
+    let mut flops = 0;
     let seconds = best_seconds(|| {
+        let done = std::sync::atomic::AtomicUsize::new(0);
         context.parallel_for(tasks, |_| {
-            let mut out = Tensor::zeros(rows, n, DType::F32);
-            for _ in 0..repeats {
-                let part = LinearPart { weight: &weight, bias: None };
-                single_threaded(&single, &x, part, &mut out);
-            }
-            black_box(&out);
+            let flops = multiply_adds(black_box(REPEATS));
+            done.fetch_add(flops, std::sync::atomic::Ordering::Relaxed);
         });
+        flops = done.into_inner();
     });
-    2.0 * (n * k * rows * repeats * tasks) as f64 / seconds / 1e9
+    flops as f64 / seconds / 1e9
 }
 
-fn single_threaded(context: &Context, x: &Tensor, part: LinearPart<'_>, out: &mut Tensor) {
-    linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
+/// Returns the floating-point operations done.
+fn multiply_adds(repeats: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: asked in the line above.
+            return unsafe { multiply_adds_avx512(repeats) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: asked in the line above.
+            return unsafe { multiply_adds_avx2(repeats) };
+        }
+    }
+    let mut sums = [1.0_f32; 64];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = *sum * 0.5 + 1.0;
+        }
+    }
+    black_box(sums);
+    2 * 64 * repeats
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn multiply_adds_avx512(repeats: usize) -> usize {
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
+    let half = black_box(_mm512_set1_ps(0.5));
+    let mut sums = [_mm512_set1_ps(1.0); 16];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, half, half);
+        }
+    }
+    black_box(sums);
+    2 * 16 * 16 * repeats
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_adds_avx2(repeats: usize) -> usize {
+    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
+    let half = black_box(_mm256_set1_ps(0.5));
+    let mut sums = [_mm256_set1_ps(1.0); 12];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = _mm256_fmadd_ps(*sum, half, half);
+        }
+    }
+    black_box(sums);
+    2 * 8 * 12 * repeats
 }
 
 struct Weights {

@@ -67,15 +67,28 @@ fn reset<V: Copy>(memory: &mut Vec<V>, len: usize, value: V) {
 impl<T: Float> Kernel for Tile<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        SCRATCH.with_borrow_mut(|scratch| {
-            self.begin(simd, scratch);
-            let last_position = self.first_position + self.query.rows() - 1;
-            let first_block = self.visible(0).start / self.block_size;
-            for block in first_block..=last_position / self.block_size {
-                simd.call(Block { tile: &self, scratch, index: block });
-            }
-            self.finish(simd, scratch);
-        });
+        // A closure is a function of its own, which the instruction set does not reach but by a call.
+        SCRATCH.with_borrow_mut(|scratch| simd.call(Blocks { tile: &self, scratch }));
+    }
+}
+
+/// All blocks that a tile sees.
+struct Blocks<'a, 'b, T> {
+    tile: &'a Tile<'b, T>,
+    scratch: &'a mut Scratch,
+}
+
+impl<T: Float> Kernel for Blocks<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { tile, scratch } = self;
+        tile.begin(simd, scratch);
+        let last_position = tile.first_position + tile.query.rows() - 1;
+        let first = tile.visible(0).start / tile.block_size;
+        for index in first..=last_position / tile.block_size {
+            simd.call(Block { tile, scratch, index });
+        }
+        tile.finish(simd, scratch);
     }
 }
 

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::Block;
 use super::tile::{Target, Tile, row_tiles, tile_outputs};
-use crate::simd::{Float, LANES, Lanes, Simd, spans};
+use crate::simd::{Float, Kernel, LANES, Lanes, Simd, spans};
 
 /// Outputs of a panel.
 pub(super) const OUTPUTS: usize = 32;
@@ -30,7 +30,19 @@ thread_local! {
 /// All rows of a block. The weights are read once from memory, for later groups of rows from the cache.
 #[inline(always)]
 pub(super) fn panels<S: Simd, W: Float>(simd: S, block: &Block<W>) {
-    SCRATCH.with_borrow_mut(|scratch| {
+    // A closure is a function of its own, which the instruction set does not reach but by a call.
+    SCRATCH.with_borrow_mut(|scratch| simd.call(Panels { block, scratch }));
+}
+
+struct Panels<'a, W> {
+    block: &'a Block<W>,
+    scratch: &'a mut Scratch,
+}
+
+impl<W: Float> Kernel for Panels<'_, W> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { block, scratch } = self;
         for output in (0..block.num_outputs).step_by(OUTPUTS) {
             let num_outputs = OUTPUTS.min(block.num_outputs - output);
             for row in (0..block.rows).step_by(ROWS) {
@@ -42,7 +54,7 @@ pub(super) fn panels<S: Simd, W: Float>(simd: S, block: &Block<W>) {
                 }
             }
         }
-    });
+    }
 }
 
 /// A panel's part of k for a group of rows.
