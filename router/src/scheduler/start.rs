@@ -177,14 +177,13 @@ impl Wish {
             Device::Cuda => (4096, 256),
         };
         let positions = info.max_position_embeddings;
-        let max_total_tokens = config.max_total_tokens.unwrap_or(positions);
+        // A sequence is never longer than the cache, so where nothing is said the smaller of the two is the limit.
+        let kv_cache_tokens = config.max_batch_total_tokens.unwrap_or(usize::MAX);
+        let max_total_tokens = config.max_total_tokens.unwrap_or(positions.min(kv_cache_tokens));
         if max_total_tokens > positions {
             return Err(StartError::BeyondPositions { max_total_tokens, max_position_embeddings: positions });
         }
-        if let (Some(max_total_tokens), Some(kv_cache_tokens)) =
-            (config.max_total_tokens, config.max_batch_total_tokens)
-            && max_total_tokens > kv_cache_tokens
-        {
+        if max_total_tokens > kv_cache_tokens {
             return Err(StartError::BeyondCache { max_total_tokens, kv_cache_tokens });
         }
         check_input(config.max_input_tokens, max_total_tokens)?;

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use proto::units::SequenceId;
+use proto::units::{BlockId, SequenceId, TokenId};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::answer::{Outcome, SequenceOutput, StepAnswer, WrongAnswer};
+use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes, WrongAnswer};
 use super::batch::{self, Budget, NewSequence, Row, Scheduled, Step};
 use super::blocks::BlockPool;
 use super::entry::{Entry, Running, Sequence};
@@ -82,7 +82,8 @@ pub(crate) struct Scheduler {
 struct InFlight {
     id: u64,
     rows: Vec<InFlightRow>,
-    method: StepMethod,
+    /// None for a step that only releases: it computes nothing that would be worth a metric.
+    method: Option<StepMethod>,
     sent_at: Instant,
 }
 
@@ -237,8 +238,8 @@ impl Scheduler {
             return;
         }
         self.failure = Some(failure.clone());
-        for step in self.in_flight.drain(..) {
-            metrics::record_step_failed(step.method);
+        for method in self.in_flight.drain(..).filter_map(|step| step.method) {
+            metrics::record_step_failed(method);
         }
         for Running { entry, sequence } in std::mem::take(&mut self.running).into_values() {
             self.blocks.free(sequence.blocks);
@@ -305,12 +306,11 @@ impl Scheduler {
         if answer.step != step.id {
             return Err(WrongAnswer::Step { expected: Some(step.id), got: answer.step });
         }
-        let durations = StepDurations {
-            total: now.saturating_duration_since(step.sent_at),
-            forward: answer.times.forward,
-            sampling: answer.times.sampling,
-        };
-        metrics::record_step_done(step.method, &durations);
+        if let Some(method) = step.method {
+            let total = now.saturating_duration_since(step.sent_at);
+            let StepTimes { forward, sampling } = answer.times;
+            metrics::record_step_done(method, &StepDurations { total, forward, sampling });
+        }
 
         let unknown = |sequence| WrongAnswer::UnknownSequence { step: step.id, sequence };
         let mut outputs = HashMap::with_capacity(answer.outputs.len());
@@ -399,7 +399,7 @@ impl InFlightRow {
     }
 
     /// The prompt tokens of which this row owes log-probabilities.
-    fn prompt_tokens<'a>(&self, running: &'a Running) -> &'a [proto::units::TokenId] {
+    fn prompt_tokens<'a>(&self, running: &'a Running) -> &'a [TokenId] {
         if !running.sequence.prompt_logprobs {
             return &[];
         }
@@ -411,7 +411,7 @@ impl InFlightRow {
 
 impl Running {
     /// Counts tokens as computed and blocks as its own from the moment that the step is on its way.
-    fn schedule(&mut self, num_tokens: usize, new_blocks: Vec<proto::units::BlockId>) -> Scheduled {
+    fn schedule(&mut self, num_tokens: usize, new_blocks: Vec<BlockId>) -> Scheduled {
         let known = self.len();
         let sequence = &mut self.sequence;
         sequence.blocks.extend_from_slice(&new_blocks);
@@ -422,10 +422,14 @@ impl Running {
     }
 }
 
-fn record_step(rows: &[Row]) -> StepMethod {
+fn record_step(rows: &[Row]) -> Option<StepMethod> {
     let decode_tokens = rows.iter().filter(|row| row.num_tokens == 1).count();
     let prefill_tokens = rows.iter().map(|row| row.num_tokens).sum::<usize>() - decode_tokens;
-    let method = if prefill_tokens > 0 { StepMethod::Prefill } else { StepMethod::Decode };
+    let method = match (decode_tokens, prefill_tokens) {
+        (0, 0) => return None,
+        (_, 0) => StepMethod::Decode,
+        _ => StepMethod::Prefill,
+    };
     metrics::record_step_sent(method, rows.len(), decode_tokens, prefill_tokens);
-    method
+    Some(method)
 }

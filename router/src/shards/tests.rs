@@ -74,8 +74,16 @@ impl Shard for Rank {
         Ok(Response::new(self.info.clone()))
     }
 
-    async fn warmup(&self, _: Request<v1::WarmupRequest>) -> Result<Response<v1::WarmupResponse>, Status> {
-        let num_blocks = self.num_blocks;
+    async fn warmup(
+        &self,
+        request: Request<v1::WarmupRequest>,
+    ) -> Result<Response<v1::WarmupResponse>, Status> {
+        let request = request.into_inner();
+        if request.kv_cache_tokens.is_some_and(|tokens| tokens < request.max_total_tokens.into()) {
+            return Err(Status::invalid_argument("one sequence does not fit"));
+        }
+        let wanted = request.kv_cache_tokens.map(|tokens| tokens.div_ceil(BLOCK_SIZE.into()) as u32);
+        let num_blocks = wanted.unwrap_or(u32::MAX).min(self.num_blocks);
         Ok(Response::new(v1::WarmupResponse { num_blocks, ..v1::WarmupResponse::default() }))
     }
 
@@ -413,6 +421,9 @@ async fn limits_that_contradict_each_other_are_refused_at_the_start() {
     let small = Rank { num_blocks: 5, ..Rank::new(0, 1) };
     let (_directory, _handle, info) = start(vec![small.clone()], &config()).await.unwrap();
     assert_eq!((info.max_total_tokens, info.max_input_tokens), (20, 19), "the cache is the limit");
+    let shared = RouterConfig { max_batch_total_tokens: Some(24), ..config() };
+    let (_directory, _handle, info) = start(vec![Rank::new(0, 1)], &shared).await.unwrap();
+    assert_eq!((info.kv_cache_tokens, info.max_total_tokens), (24, 24), "so is one that was asked for");
     let config = RouterConfig { max_total_tokens: Some(21), ..config() };
     let error = start(vec![small], &config).await.err().unwrap().to_string();
     assert!(error.contains("--max-total-tokens is 21 but the KV cache holds 20 tokens"), "{error}");
