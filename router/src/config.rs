@@ -46,6 +46,10 @@ pub struct RouterConfig {
     #[arg(long, env = "JSON_OUTPUT")]
     pub json_output: bool,
 
+    /// Which log lines to write: a level (error, warn, info, debug, trace), or directives such as `info,router=debug`
+    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    pub log_level: String,
+
     /// Seconds that running requests are given to finish after SIGTERM or SIGINT
     #[arg(long, short, env = "GRACEFUL_TERMINATION_TIMEOUT", default_value_t = 90)]
     pub graceful_termination_timeout: u64,
@@ -83,7 +87,9 @@ fn parse_hostname(value: &str) -> Result<IpAddr, String> {
     match value {
         "localhost" => Ok(IpAddr::from([127, 0, 0, 1])),
         _ => value.parse().map_err(|_| {
-            format!("{value:?} is not an IP address: give the address of an interface, or 0.0.0.0 for all of them")
+            format!(
+                "{value:?} is not an IP address: give the address of an interface, or 0.0.0.0 for all of them"
+            )
         }),
     }
 }

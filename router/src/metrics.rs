@@ -238,13 +238,21 @@ fn describe_http() {
     describe_counter!(REQUEST_SUCCESS, "sequences that came to their end");
     describe_counter!(REQUEST_FAILURE, "requests without a result, by err (dropped: the client went away)");
     describe_histogram!(REQUEST_DURATION, Unit::Seconds, "from a request's arrival to its sequence's end");
-    describe_histogram!(REQUEST_VALIDATION_DURATION, Unit::Seconds, "checking, templating and tokenizing a request");
+    describe_histogram!(
+        REQUEST_VALIDATION_DURATION,
+        Unit::Seconds,
+        "checking, templating and tokenizing a request"
+    );
     describe_histogram!(REQUEST_INFERENCE_DURATION, Unit::Seconds, "from a sequence's first step to its end");
     describe_histogram!(REQUEST_MEAN_TIME_PER_TOKEN, Unit::Seconds, "inference duration by generated tokens");
     describe_histogram!(REQUEST_INPUT_LENGTH, "prompt tokens of a sequence");
     describe_histogram!(REQUEST_GENERATED_TOKENS, "generated tokens of a sequence");
     describe_histogram!(REQUEST_MAX_NEW_TOKENS, "most tokens that a sequence was allowed to generate");
-    describe_histogram!(TIME_TO_FIRST_TOKEN, Unit::Seconds, "from a request's arrival to its first token (TTFT)");
+    describe_histogram!(
+        TIME_TO_FIRST_TOKEN,
+        Unit::Seconds,
+        "from a request's arrival to its first token (TTFT)"
+    );
     describe_histogram!(INTER_TOKEN_LATENCY, Unit::Seconds, "from a sequence's token to its next one (ITL)");
     describe_gauge!(HTTP_CONNECTIONS, "open HTTP connections");
     for name in [REQUEST_COUNT, REQUEST_SUCCESS] {
@@ -311,7 +319,12 @@ pub(crate) fn record_next_token(since_last: Duration) {
     histogram!(INTER_TOKEN_LATENCY).record(since_last);
 }
 
-/// Connections that are open now.
-pub(crate) fn set_http_connections(open: usize) {
-    gauge!(HTTP_CONNECTIONS).set(open as f64);
+/// A client has connected.
+pub(crate) fn record_connection_opened() {
+    gauge!(HTTP_CONNECTIONS).increment(1.0);
+}
+
+/// A client's connection is over.
+pub(crate) fn record_connection_closed() {
+    gauge!(HTTP_CONNECTIONS).decrement(1.0);
 }

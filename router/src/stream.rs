@@ -140,7 +140,8 @@ impl GenerationStream {
 
     /// As a `Stream`.
     pub(crate) fn into_stream(self) -> BoxStream<'static, GenerationEvent> {
-        stream::unfold(self, |mut stream| async move { stream.next().await.map(|event| (event, stream)) }).boxed()
+        stream::unfold(self, |mut stream| async move { stream.next().await.map(|event| (event, stream)) })
+            .boxed()
     }
 
     /// Waits for the end.
@@ -231,7 +232,11 @@ pub(crate) mod tests {
     pub(crate) fn events(ids: &[u32], end: EndReason) -> Vec<TokenEvent> {
         let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(2) }];
         for (at, id) in ids.iter().enumerate() {
-            let token = Token { id: TokenId(*id), logprob: -0.5, top: vec![(TokenId(*id), -0.5), (TokenId(97), -1.5)] };
+            let token = Token {
+                id: TokenId(*id),
+                logprob: -0.5,
+                top: vec![(TokenId(*id), -0.5), (TokenId(97), -1.5)],
+            };
             events.push(TokenEvent::Token { token, end: (at + 1 == ids.len()).then_some(end) });
         }
         events

@@ -45,14 +45,18 @@ pub(crate) struct Serving {
 /// Takes requests for tokens: the scheduler, or a script in tests.
 pub(crate) trait Backend: Send + Sync + 'static {
     /// Takes all of `requests` or none. A stream ends with a `Token` with an `end`, or `Failed`.
-    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError>;
+    fn submit(&self, requests: Vec<TokenRequest>)
+    -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError>;
 
     /// Whether requests are taken.
     fn status(&self) -> Status;
 }
 
 impl Backend for SchedulerHandle {
-    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
+    fn submit(
+        &self,
+        requests: Vec<TokenRequest>,
+    ) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
         let streams = SchedulerHandle::submit(self, requests)?;
         let into_stream = |stream| {
             stream::unfold(stream, |mut stream: crate::scheduler::TokenStream| async move {
@@ -177,8 +181,12 @@ impl App {
             .zip(&valid.sequences)
             .map(|(events, sequence)| {
                 metrics::record_sequence_submitted(sequence.prompt.len(), sequence.max_new_tokens);
-                let input =
-                    StreamInput { events, prompt: sequence.prompt.clone(), stop: valid.stop.clone(), arrived };
+                let input = StreamInput {
+                    events,
+                    prompt: sequence.prompt.clone(),
+                    stop: valid.stop.clone(),
+                    arrived,
+                };
                 GenerationStream::new(Arc::clone(&self.tokenizer), input)
             })
             .collect();

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::app::{App, Generation};
 use super::error::{self, OpenAiError};
 use super::fields::Fields;
-use super::openai::{self, Head, Streaming, TokenLogprob, Usage};
+use super::openai::{self, Head, ReportedUsage, Streaming, TokenLogprob, Usage};
 use super::sse::{self, Frames};
 use crate::error::RequestError;
 use crate::metrics;
@@ -66,7 +66,10 @@ impl ChatRequest {
         let messages: Vec<Map<String, Value>> = fields.require("messages")?;
         let messages: Vec<Value> = messages.into_iter().map(message).collect::<Result<_, _>>()?;
         if messages.is_empty() {
-            return Err(RequestError::invalid("messages", "`messages` cannot be empty: send at least one message"));
+            return Err(RequestError::invalid(
+                "messages",
+                "`messages` cannot be empty: send at least one message",
+            ));
         }
         let tools: Option<Vec<Value>> = fields.take("tools")?;
         let tools = tools.filter(|tools| !tools.is_empty());
@@ -116,9 +119,13 @@ impl ChatRequest {
 /// A message in the form that templates expect: its content is one string, and its calls' arguments are objects.
 fn message(mut message: Map<String, Value>) -> Result<Value, RequestError> {
     if !message.get("role").is_some_and(Value::is_string) {
-        return Err(RequestError::invalid("messages", "`messages`: each message needs a `role`, such as \"user\""));
+        return Err(RequestError::invalid(
+            "messages",
+            "`messages`: each message needs a `role`, such as \"user\"",
+        ));
     }
-    let calls = message.get("tool_calls").is_some_and(|calls| calls.as_array().is_some_and(|list| !list.is_empty()));
+    let calls =
+        message.get("tool_calls").is_some_and(|calls| calls.as_array().is_some_and(|list| !list.is_empty()));
     let content = match message.remove("content") {
         Some(Value::String(text)) => text,
         Some(Value::Array(parts)) => parts.iter().map(part_text).collect::<Result<String, _>>()?,
@@ -142,9 +149,10 @@ fn message(mut message: Map<String, Value>) -> Result<Value, RequestError> {
 fn part_text(part: &Value) -> Result<&str, RequestError> {
     match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text),
-        (Some("text") | None, _) => {
-            Err(RequestError::invalid("messages", "`messages`: a text part is {\"type\": \"text\", \"text\": ...}"))
-        }
+        (Some("text") | None, _) => Err(RequestError::invalid(
+            "messages",
+            "`messages`: a text part is {\"type\": \"text\", \"text\": ...}",
+        )),
         (Some(_), _) => Err(RequestError::unsupported(
             "messages",
             "`messages`: only parts of type `text` are supported: the model reads no images, sounds or files",
@@ -200,38 +208,57 @@ async fn whole(app: &App, logprobs: bool, generation: Generation) -> Result<Resp
     let prompt_tokens = generation.prompt_tokens;
     let choices = generation.collect().await?;
     let completion_tokens = choices.iter().map(|choice| choice.end.generated_tokens as usize).sum();
-    let choices: Vec<Value> = choices
-        .iter()
+    let choices = choices
+        .into_iter()
         .enumerate()
-        .map(|(index, choice)| {
-            json!({
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text},
-                "logprobs": logprobs.then(|| all_logprobs(&app.tokenizer, choice)),
-                "finish_reason": openai::finish_reason(choice.end.reason),
-            })
+        .map(|(index, choice)| WholeChoice {
+            index,
+            logprobs: logprobs.then(|| Logprobs::all(&app.tokenizer, &choice)),
+            finish_reason: openai::finish_reason(choice.end.reason),
+            message: Message { role: "assistant", content: choice.text },
         })
         .collect();
     let head = Head::new("chatcmpl", "chat.completion", &app.model_name);
-    Ok(Json(ChatCompletion { head, choices, usage: Usage::new(prompt_tokens, completion_tokens) }).into_response())
-}
-
-fn all_logprobs(tokenizer: &Tokenizer, choice: &Generated) -> Value {
-    let content: Vec<TokenLogprob> = choice
-        .tokens
-        .iter()
-        .filter(|token| openai::is_content(token))
-        .map(|token| TokenLogprob::new(tokenizer, &token.token))
-        .collect();
-    json!({"content": content, "refusal": null})
+    Ok(Json(ChatCompletion { head, choices, usage: Usage::new(prompt_tokens, completion_tokens) })
+        .into_response())
 }
 
 #[derive(Serialize)]
 struct ChatCompletion {
     #[serde(flatten)]
     head: Head,
-    choices: Vec<Value>,
+    choices: Vec<WholeChoice>,
     usage: Usage,
+}
+
+#[derive(Serialize)]
+struct WholeChoice {
+    index: usize,
+    message: Message,
+    logprobs: Option<Logprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    content: Vec<TokenLogprob>,
+}
+
+impl Logprobs {
+    fn all(tokenizer: &Tokenizer, choice: &Generated) -> Self {
+        let content = choice.tokens.iter().filter(|token| openai::is_content(token));
+        Self { content: content.map(|token| TokenLogprob::new(tokenizer, &token.token)).collect() }
+    }
+
+    fn one(tokenizer: &Tokenizer, token: &GeneratedToken) -> Self {
+        Self { content: vec![TokenLogprob::new(tokenizer, &token.token)] }
+    }
 }
 
 /// The answer in chunks.
@@ -251,9 +278,8 @@ struct Chunk<'a> {
     #[serde(flatten)]
     head: &'a Head,
     choices: Vec<Choice>,
-    /// Present, null up to the last chunk, where the client asked for it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ReportedUsage::is_absent")]
+    usage: ReportedUsage,
 }
 
 #[derive(Serialize)]
@@ -272,14 +298,9 @@ struct Delta {
     content: Option<String>,
 }
 
-#[derive(Serialize)]
-struct Logprobs {
-    content: [TokenLogprob; 1],
-}
-
 impl ChatFrames {
     fn chunk(&self, choice: Choice) -> String {
-        let usage = self.include_usage.then_some(None);
+        let usage = ReportedUsage::later(self.include_usage);
         sse::data(&Chunk { head: &self.head, choices: vec![choice], usage })
     }
 }
@@ -291,8 +312,8 @@ impl Frames for ChatFrames {
             let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
             frames += &self.chunk(Choice { index, delta, logprobs: None, finish_reason: None });
         }
-        let logprobs = (self.logprobs && openai::is_content(&token))
-            .then(|| Logprobs { content: [TokenLogprob::new(&self.tokenizer, &token.token)] });
+        let logprobs =
+            (self.logprobs && openai::is_content(&token)).then(|| Logprobs::one(&self.tokenizer, &token));
         if !token.text.is_empty() || logprobs.is_some() {
             let delta = Delta { role: None, content: Some(token.text) };
             frames += &self.chunk(Choice { index, delta, logprobs, finish_reason: None });
@@ -314,7 +335,7 @@ impl Frames for ChatFrames {
     fn end(&mut self) -> String {
         let mut frames = String::new();
         if self.include_usage {
-            let usage = Some(Some(Usage::new(self.prompt_tokens, self.completion_tokens)));
+            let usage = ReportedUsage::Now(Usage::new(self.prompt_tokens, self.completion_tokens));
             frames += &sse::data(&Chunk { head: &self.head, choices: Vec::new(), usage });
         }
         frames + openai::DONE

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::app::{App, Generation};
 use super::error::{self, OpenAiError};
 use super::fields::Fields;
-use super::openai::{self, Head, Streaming, Usage};
+use super::openai::{self, Head, ReportedUsage, Streaming, Usage};
 use super::sse::{self, Frames};
 use crate::error::RequestError;
 use crate::metrics;
@@ -29,7 +29,10 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 const MAX_LOGPROBS: u32 = 5;
 
 /// Continues one or several prompts, at once or as a stream.
-pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response, OpenAiError> {
+pub(super) async fn completions(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, OpenAiError> {
     metrics::record_request();
     answer(&app, request).await.map_err(|error| {
         error::record(&error);
@@ -70,7 +73,11 @@ impl CompletionRequest {
         openai::refuse_unsupported(&mut fields)?;
         let empty = |value: &Value| value.as_str() == Some("");
         fields.refuse("suffix", empty, "preprocess the prompt, if the model was trained to fill in")?;
-        fields.refuse("echo", |value| *value == Value::Bool(false), "put the prompt before the text yourself")?;
+        fields.refuse(
+            "echo",
+            |value| *value == Value::Bool(false),
+            "put the prompt before the text yourself",
+        )?;
         fields.refuse(
             "response_format",
             |format| format["type"] == "text",
@@ -105,15 +112,17 @@ impl CompletionRequest {
 /// A text, texts, a prompt's token ids, or several prompts' token ids.
 fn prompt(given: Value) -> Result<Prompt, RequestError> {
     let invalid = |error: &dyn std::fmt::Display| {
-        let message = format!("`prompt` must be a string, a list of strings, or token ids (in one list or several): {error}");
+        let message = format!(
+            "`prompt` must be a string, a list of strings, or token ids (in one list or several): {error}"
+        );
         RequestError::invalid("prompt", message)
     };
     match &given {
         Value::String(text) => Ok(Prompt::Texts(vec![text.clone()])),
         Value::Array(list) => match list.first() {
-            Some(Value::Number(_)) => {
-                serde_json::from_value::<Vec<TokenId>>(given).map(|ids| Prompt::Ids(vec![ids])).map_err(|e| invalid(&e))
-            }
+            Some(Value::Number(_)) => serde_json::from_value::<Vec<TokenId>>(given)
+                .map(|ids| Prompt::Ids(vec![ids]))
+                .map_err(|e| invalid(&e)),
             Some(Value::Array(_)) => {
                 serde_json::from_value::<Vec<Vec<TokenId>>>(given).map(Prompt::Ids).map_err(|e| invalid(&e))
             }
@@ -141,11 +150,16 @@ async fn whole(app: &App, logprobs: bool, generation: Generation) -> Result<Resp
                 }
                 logprobs
             });
-            Choice { index, text: choice.text, logprobs, finish_reason: Some(openai::finish_reason(choice.end.reason)) }
+            Choice {
+                index,
+                text: choice.text,
+                logprobs,
+                finish_reason: Some(openai::finish_reason(choice.end.reason)),
+            }
         })
         .collect();
     let head = Head::new("cmpl", "text_completion", &app.model_name);
-    let usage = Some(Some(Usage::new(prompt_tokens, completion_tokens)));
+    let usage = ReportedUsage::Now(Usage::new(prompt_tokens, completion_tokens));
     Ok(Json(Completion { head: &head, choices, usage }).into_response())
 }
 
@@ -154,9 +168,8 @@ struct Completion<'a> {
     #[serde(flatten)]
     head: &'a Head,
     choices: Vec<Choice>,
-    /// In chunks present, null up to the last one, where the client asked for it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ReportedUsage::is_absent")]
+    usage: ReportedUsage,
 }
 
 #[derive(Serialize)]
@@ -169,6 +182,7 @@ struct Choice {
 
 /// Four lists of the same length.
 #[derive(Default, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the fields' names are OpenAI's")]
 struct Logprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<f32>,
@@ -182,7 +196,8 @@ impl Logprobs {
         if !openai::is_content(token) {
             return;
         }
-        let entry = |(id, value): &(TokenId, f32)| (tokenizer.token_text(*id), json!(openai::logprob(*value)));
+        let entry =
+            |(id, value): &(TokenId, f32)| (tokenizer.token_text(*id), json!(openai::logprob(*value)));
         self.tokens.push(tokenizer.token_text(token.token.id));
         self.token_logprobs.push(openai::logprob(token.token.logprob));
         self.top_logprobs.push(token.token.top.iter().map(entry).collect());
@@ -218,7 +233,7 @@ impl Frames for CompletionFrames {
         }
         let finish_reason = token.end.map(|end| openai::finish_reason(end.reason));
         let choice = Choice { index, text: token.text, logprobs, finish_reason };
-        let usage = self.include_usage.then_some(None);
+        let usage = ReportedUsage::later(self.include_usage);
         sse::data(&Completion { head: &self.head, choices: vec![choice], usage })
     }
 
@@ -231,7 +246,7 @@ impl Frames for CompletionFrames {
     fn end(&mut self) -> String {
         let mut frames = String::new();
         if self.include_usage {
-            let usage = Some(Some(Usage::new(self.prompt_tokens, self.completion_tokens)));
+            let usage = ReportedUsage::Now(Usage::new(self.prompt_tokens, self.completion_tokens));
             frames += &sse::data(&Completion { head: &self.head, choices: Vec::new(), usage });
         }
         frames + openai::DONE

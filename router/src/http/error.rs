@@ -75,9 +75,8 @@ fn row(error: &RequestError) -> Row {
         RequestError::NotFound { .. } => same(S::NOT_FOUND, INVALID, Some("not_found"), "not_found", "validation"),
         RequestError::Method { .. } => same(S::METHOD_NOT_ALLOWED, INVALID, Some("method_not_allowed"), "method_not_allowed", "validation"),
         RequestError::Submit(SubmitError::Overloaded { .. }) => same(S::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"), "overloaded", "overloaded"),
-        RequestError::Submit(SubmitError::Draining) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
+        RequestError::Submit(SubmitError::Draining) | RequestError::Failed(Failure::ShuttingDown) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
         RequestError::Submit(SubmitError::Unavailable) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("not_ready"), "not_ready", "unavailable"),
-        RequestError::Failed(Failure::ShuttingDown) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
         RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => row(S::INTERNAL_SERVER_ERROR, "server_error", Some("generation_failed"), S::FAILED_DEPENDENCY, "generation", "generation"),
         RequestError::Internal => same(S::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), "internal", "generation"),
     };
@@ -146,9 +145,10 @@ fn response(status: StatusCode, body: Value) -> Response {
 
 /// In the form of the API to which the path belongs.
 fn for_path(path: &str, error: RequestError) -> Response {
-    match path.starts_with("/v1/") {
-        true => OpenAiError(error).into_response(),
-        false => TgiError(error).into_response(),
+    if path.starts_with("/v1/") {
+        OpenAiError(error).into_response()
+    } else {
+        TgiError(error).into_response()
     }
 }
 
@@ -166,7 +166,8 @@ pub(super) async fn method_not_allowed(request: Request) -> Response {
 /// The answer to a request in which the router panicked.
 #[expect(clippy::needless_pass_by_value, reason = "the signature that the layer asks for")]
 pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let message = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    let message =
+        panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
     tracing::error!(panic = message.unwrap_or("without a message"), "a request met a defect of the router");
     // The path is gone here; OpenAI's form is the one that clients of both kinds can show.
     OpenAiError(RequestError::Internal).into_response()

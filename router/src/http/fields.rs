@@ -16,7 +16,7 @@ use crate::error::RequestError;
 pub(super) const MAX_BODY_BYTES: usize = 2_000_000;
 
 /// Two megabytes in this time are 270 kbit/s.
-const BODY_DEADLINE: Duration = Duration::from_secs(60);
+const BODY_DEADLINE: Duration = Duration::from_mins(1);
 
 /// The fields of an object that were not taken yet.
 #[derive(Debug, Default)]
@@ -27,7 +27,8 @@ impl Fields {
     pub(super) async fn read(request: Request) -> Result<Self, RequestError> {
         let (head, body) = request.into_parts();
         let header = |name| head.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let content_type = header(CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        let content_type =
+            header(CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         if content_type != "application/json" && !content_type.ends_with("+json") {
             return Err(RequestError::ContentType);
         }
@@ -42,12 +43,18 @@ impl Fields {
             serde_json::from_slice(json).map_err(|error| RequestError::MalformedJson(error.to_string()))?;
         match value {
             Value::Object(map) => Ok(Self(map)),
-            _ => Err(RequestError::Invalid { param: None, message: "the body must be a JSON object".to_owned() }),
+            _ => Err(RequestError::Invalid {
+                param: None,
+                message: "the body must be a JSON object".to_owned(),
+            }),
         }
     }
 
     /// Takes a field; `null` is absent.
-    pub(super) fn take<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, RequestError> {
+    pub(super) fn take<T: DeserializeOwned>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<Option<T>, RequestError> {
         match self.0.shift_remove(name) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => serde_json::from_value(value)
@@ -69,7 +76,8 @@ impl Fields {
     /// A seed: any 64 bits, negative numbers included, as other servers take them.
     pub(super) fn seed(&mut self) -> Result<Option<u64>, RequestError> {
         let number: Option<serde_json::Number> = self.take("seed")?;
-        let bits = |number: serde_json::Number| number.as_u64().or_else(|| number.as_i64().map(i64::cast_unsigned));
+        let bits =
+            |number: serde_json::Number| number.as_u64().or_else(|| number.as_i64().map(i64::cast_unsigned));
         match number.map(bits) {
             None => Ok(None),
             Some(Some(seed)) => Ok(Some(seed)),
@@ -84,7 +92,9 @@ impl Fields {
             Some(Value::String(one)) => Ok(vec![one]),
             Some(list @ Value::Array(_)) => serde_json::from_value(list)
                 .map_err(|error| RequestError::invalid(name, format!("`{name}`: {error}"))),
-            Some(_) => Err(RequestError::invalid(name, format!("`{name}` must be a string or a list of strings"))),
+            Some(_) => {
+                Err(RequestError::invalid(name, format!("`{name}` must be a string or a list of strings")))
+            }
         }
     }
 
@@ -98,7 +108,9 @@ impl Fields {
         match self.0.shift_remove(name) {
             None | Some(Value::Null) => Ok(()),
             Some(value) if harmless(&value) => Ok(()),
-            Some(_) => Err(RequestError::unsupported(name, format!("`{name}` is not supported yet: {remedy}"))),
+            Some(_) => {
+                Err(RequestError::unsupported(name, format!("`{name}` is not supported yet: {remedy}")))
+            }
         }
     }
 
@@ -159,7 +171,8 @@ mod tests {
 
     #[test]
     fn seeds_are_64_bits_of_either_sign() {
-        let check = |json: &str, expected: Option<u64>| assert_eq!(fields(json).seed().ok().flatten(), expected);
+        let check =
+            |json: &str, expected: Option<u64>| assert_eq!(fields(json).seed().ok().flatten(), expected);
         check(r#"{"seed":-1}"#, Some(u64::MAX));
         check(r#"{"seed":18446744073709551615}"#, Some(u64::MAX));
         check(r#"{"seed":1.5}"#, None);

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderValue};
 use proto::units::TokenId;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::app::{App, Generation};
 use super::error::{self, TgiError};
@@ -17,7 +17,7 @@ use super::fields::Fields;
 use super::sse::{self, Frames};
 use crate::error::RequestError;
 use crate::metrics;
-use crate::scheduler::{Failure, Token};
+use crate::scheduler::{Failure, Token, TokenRequest};
 use crate::stream::{FinishReason, Generated, GeneratedToken};
 use crate::text::tokenizer::Tokenizer;
 use crate::validate::{Dialect, GenerationRequest, Prompt, SamplingParameters};
@@ -29,7 +29,10 @@ pub(super) async fn generate(State(app): State<Arc<App>>, request: Request) -> R
 }
 
 /// Continues a prompt and tells each token.
-pub(super) async fn generate_stream(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
+pub(super) async fn generate_stream(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, TgiError> {
     metrics::record_request();
     answer(&app, request, Mode::Stream).await.map_err(recorded)
 }
@@ -49,7 +52,7 @@ async fn answer(app: &Arc<App>, request: Request, mode: Mode) -> Result<Response
     let arrived = Instant::now();
     app.serving()?;
     let TgiRequest { inputs, generation, report } = TgiRequest::take(Fields::read(request).await?)?;
-    if mode == Mode::Stream && report.prefill {
+    if mode == Mode::Stream && report.details == Details::PromptAndOutput {
         let message = "`decoder_input_details` == true is not supported when streaming tokens";
         return Err(RequestError::invalid("decoder_input_details", message));
     }
@@ -72,10 +75,16 @@ struct TgiRequest {
 /// What the answer tells beside the text.
 #[derive(Clone, Copy)]
 struct Report {
-    details: bool,
-    prefill: bool,
+    details: Details,
     top_tokens: bool,
     full_text: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Details {
+    None,
+    Output,
+    PromptAndOutput,
 }
 
 impl TgiRequest {
@@ -85,9 +94,17 @@ impl TgiRequest {
         // TGI samples where no parameters are given at all.
         let do_sample_default = given.is_none();
         let mut parameters = given.unwrap_or_default();
-        parameters.refuse("best_of", |value| value.as_u64() == Some(1), "send several requests, and choose one")?;
+        parameters.refuse(
+            "best_of",
+            |value| value.as_u64() == Some(1),
+            "send several requests, and choose one",
+        )?;
         parameters.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
-        parameters.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in `inputs`")?;
+        parameters.refuse(
+            "grammar",
+            |_| false,
+            "leave it out, and describe the form of the answer in `inputs`",
+        )?;
         parameters.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
         let sampling = SamplingParameters {
             do_sample: Some(parameters.take("do_sample")?.unwrap_or(do_sample_default)),
@@ -105,8 +122,12 @@ impl TgiRequest {
         let top_n_tokens: u32 = parameters.take("top_n_tokens")?.unwrap_or(0);
         let prefill = parameters.take("decoder_input_details")?.unwrap_or(false);
         let report = Report {
-            details: parameters.take("details")?.unwrap_or(false) || prefill,
-            prefill,
+            details: match parameters.take("details")? {
+                // TGI: the prompt's details imply the others.
+                _ if prefill => Details::PromptAndOutput,
+                Some(true) => Details::Output,
+                Some(false) | None => Details::None,
+            },
             top_tokens: top_n_tokens > 0,
             full_text: parameters.take("return_full_text")?.unwrap_or(false),
         };
@@ -164,7 +185,8 @@ fn top_tokens(tokenizer: &Tokenizer, token: &Token) -> Vec<TokenJson> {
 
 fn prefill_tokens(tokenizer: &Tokenizer, prompt: &[TokenId], rest: &[Token]) -> Vec<PrefillToken> {
     let logprobs = std::iter::once(None).chain(rest.iter().map(|token| Some(token.logprob)));
-    let json = |(id, logprob): (&TokenId, _)| PrefillToken { id: *id, text: tokenizer.token_text(*id), logprob };
+    let json =
+        |(id, logprob): (&TokenId, _)| PrefillToken { id: *id, text: tokenizer.token_text(*id), logprob };
     prompt.iter().zip(logprobs).map(json).collect()
 }
 
@@ -188,35 +210,52 @@ async fn whole(
     let sequence = generation.sequences.remove(0);
     let (arrived, validation) = (generation.arrived, generation.validation_time);
     let generated = generation.collect().await?.remove(0);
-    let details = report.details.then(|| {
-        let tokenizer = &app.tokenizer;
-        let mut details = json!({
-            "finish_reason": finish_reason(generated.end.reason),
-            "generated_tokens": generated.end.generated_tokens,
-            "seed": seed(&sequence),
-            "prefill": match report.prefill {
-                true => prefill_tokens(tokenizer, &sequence.prompt, &generated.prompt),
-                false => Vec::new(),
-            },
-            "tokens": generated.tokens.iter().map(|token| generated_token(tokenizer, token)).collect::<Vec<_>>(),
-        });
-        if report.top_tokens {
-            let tops = generated.tokens.iter().map(|token| top_tokens(tokenizer, &token.token));
-            details["top_tokens"] = json!(tops.collect::<Vec<_>>());
-        }
-        details
-    });
+    let details = (report.details != Details::None)
+        .then(|| WholeDetails::new(&app.tokenizer, report, &sequence, &generated));
     let times = Times { total: arrived.elapsed(), validation };
-    let headers = headers(&times, input_characters, sequence.prompt.len(), &generated);
-    let mut body = json!({"generated_text": full_text_before + &generated.text});
-    if let Some(details) = details {
-        body["details"] = details;
-    }
+    let mut headers = time_headers(&times, sequence.prompt.len(), &generated);
+    headers.extend(compute_headers(app, input_characters));
+    let body = Whole { generated_text: full_text_before + &generated.text, details };
     Ok((headers, Json(body)).into_response())
 }
 
+#[derive(Serialize)]
+struct Whole {
+    generated_text: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    details: Option<WholeDetails>,
+}
+
+#[derive(Serialize)]
+struct WholeDetails {
+    finish_reason: &'static str,
+    generated_tokens: u32,
+    seed: Option<u64>,
+    prefill: Vec<PrefillToken>,
+    tokens: Vec<TokenJson>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_tokens: Option<Vec<Vec<TokenJson>>>,
+}
+
+impl WholeDetails {
+    fn new(tokenizer: &Tokenizer, report: Report, sequence: &TokenRequest, generated: &Generated) -> Self {
+        let top = || generated.tokens.iter().map(|token| top_tokens(tokenizer, &token.token)).collect();
+        Self {
+            finish_reason: finish_reason(generated.end.reason),
+            generated_tokens: generated.end.generated_tokens,
+            seed: seed(sequence),
+            prefill: match report.details {
+                Details::PromptAndOutput => prefill_tokens(tokenizer, &sequence.prompt, &generated.prompt),
+                Details::Output | Details::None => Vec::new(),
+            },
+            tokens: generated.tokens.iter().map(|token| generated_token(tokenizer, token)).collect(),
+            top_tokens: report.top_tokens.then(top),
+        }
+    }
+}
+
 /// The seed that was used; none where nothing was drawn.
-fn seed(sequence: &crate::scheduler::TokenRequest) -> Option<u64> {
+fn seed(sequence: &TokenRequest) -> Option<u64> {
     (sequence.sampling.temperature > 0.0).then_some(sequence.sampling.seed)
 }
 
@@ -225,11 +264,11 @@ struct Times {
     validation: Duration,
 }
 
-fn headers(times: &Times, input_characters: usize, prompt_tokens: usize, generated: &Generated) -> HeaderMap {
+fn time_headers(times: &Times, prompt_tokens: usize, generated: &Generated) -> HeaderMap {
     let timings = generated.end.timings;
     let tokens = generated.end.generated_tokens;
     let milliseconds = |duration: Duration| HeaderValue::from(duration.as_millis() as u64);
-    let mut headers = compute_headers(input_characters);
+    let mut headers = HeaderMap::new();
     let seconds = format!("{:.6}", times.total.as_secs_f64());
     headers.insert("x-compute-time", HeaderValue::try_from(seconds).expect("digits are valid in a header"));
     headers.insert("x-total-time", milliseconds(times.total));
@@ -242,9 +281,10 @@ fn headers(times: &Times, input_characters: usize, prompt_tokens: usize, generat
     headers
 }
 
-fn compute_headers(input_characters: usize) -> HeaderMap {
+fn compute_headers(app: &App, input_characters: usize) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    headers.insert("x-compute-type", HeaderValue::from_static("cpu"));
+    let device = app.serving_info().map(|info| info.device.to_string()).unwrap_or_default();
+    headers.insert("x-compute-type", HeaderValue::try_from(device).expect("a device's name is a word"));
     headers.insert("x-compute-characters", HeaderValue::from(input_characters));
     headers
 }
@@ -267,7 +307,7 @@ async fn stream(
         prompt_tokens: sequence.prompt.len(),
     };
     let mut response = sse::response(generation.streams, frames).await?;
-    response.headers_mut().extend(compute_headers(input_characters));
+    response.headers_mut().extend(compute_headers(app, input_characters));
     Ok(response)
 }
 
@@ -304,7 +344,8 @@ impl Frames for GenerateFrames {
     fn token(&mut self, _: usize, token: GeneratedToken) -> String {
         self.index += 1;
         self.text.push_str(&token.text);
-        let details = token.end.as_ref().filter(|_| self.report.details).map(|end| StreamDetails {
+        let told = self.report.details != Details::None;
+        let details = token.end.as_ref().filter(|_| told).map(|end| StreamDetails {
             finish_reason: finish_reason(end.reason),
             generated_tokens: end.generated_tokens,
             seed: self.seed,

@@ -31,13 +31,11 @@ pub(super) async fn startupz(State(app): State<Arc<App>>) -> Response {
 
 /// As TGI: without a body when all is well.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
-    match app.readiness() {
-        Readiness::Ready => StatusCode::OK.into_response(),
-        _ => {
-            let body = json!({"error": "unhealthy", "error_type": "healthcheck"});
-            (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
-        }
+    if app.readiness() == Readiness::Ready {
+        return StatusCode::OK.into_response();
     }
+    let body = json!({"error": "unhealthy", "error_type": "healthcheck"});
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
 
 fn answer(status: StatusCode, readiness: &Readiness) -> Response {

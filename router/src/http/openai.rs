@@ -24,8 +24,16 @@ const LEAST_LOGPROB: f32 = -9999.0;
 /// Fields without an effect by their definition: they are about OpenAI's accounts and storage, or hints that a server
 /// is free not to follow.
 pub(super) const WITHOUT_EFFECT: &[&str] = &[
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "prediction", "verbosity",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "verbosity",
 ];
 
 /// What every answer begins with.
@@ -54,6 +62,7 @@ impl Head {
 
 /// Counts of tokens.
 #[derive(Debug, Clone, Copy, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the fields' names are OpenAI's")]
 pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -63,6 +72,29 @@ pub(super) struct Usage {
 impl Usage {
     pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
         Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+}
+
+/// `usage` of an answer or of a chunk.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(untagged)]
+pub(super) enum ReportedUsage {
+    /// Not asked for: there is no such field.
+    Absent,
+    /// To come with the last chunk: null.
+    Later,
+    /// Here.
+    Now(Usage),
+}
+
+impl ReportedUsage {
+    /// Of a chunk that is not the last one.
+    pub(super) fn later(include_usage: bool) -> Self {
+        if include_usage { Self::Later } else { Self::Absent }
+    }
+
+    pub(super) fn is_absent(&self) -> bool {
+        matches!(self, Self::Absent)
     }
 }
 

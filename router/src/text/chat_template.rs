@@ -99,7 +99,9 @@ impl ChatTemplate {
         };
         let templates = match source {
             TemplateSource::One(source) => vec![(DEFAULT.to_owned(), source)],
-            TemplateSource::Named(named) => named.into_iter().map(|named| (named.name, named.template)).collect(),
+            TemplateSource::Named(named) => {
+                named.into_iter().map(|named| (named.name, named.template)).collect()
+            }
         };
         let (bos, eos) = (config.bos_token, config.eos_token);
         Self::compile(templates, bos.map(SpecialToken::into_text), eos.map(SpecialToken::into_text))
@@ -127,10 +129,13 @@ impl ChatTemplate {
 
     /// The text of a conversation, up to where the model's answer begins. Special tokens are in it as text.
     pub(crate) fn render(&self, conversation: &Conversation) -> Result<String, TemplateError> {
-        let with_tools = conversation.tools.as_ref().and_then(|_| self.environment.get_template(TOOL_USE).ok());
+        let with_tools =
+            conversation.tools.as_ref().and_then(|_| self.environment.get_template(TOOL_USE).ok());
         let template = match with_tools {
             Some(template) => template,
-            None => self.environment.get_template(DEFAULT).map_err(|error| TemplateError(describe(&error)))?,
+            None => {
+                self.environment.get_template(DEFAULT).map_err(|error| TemplateError(describe(&error)))?
+            }
         };
         let mut context: serde_json::Map<String, serde_json::Value> = conversation.variables.clone();
         context.insert("messages".to_owned(), conversation.messages.clone().into());
@@ -181,7 +186,9 @@ fn environment() -> Environment<'static> {
 /// The innermost reason and its line; never the template's values, which are the user's text.
 fn describe(error: &Error) -> String {
     let mut innermost = error;
-    while let Some(cause) = std::error::Error::source(innermost).and_then(|cause| cause.downcast_ref::<Error>()) {
+    while let Some(cause) =
+        std::error::Error::source(innermost).and_then(|cause| cause.downcast_ref::<Error>())
+    {
         innermost = cause;
     }
     let reason = match innermost.detail() {
@@ -208,6 +215,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False)`, with the arguments that templates give it.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter with keyword arguments")]
 fn to_json(Serde(value): Serde<serde_json::Value>, arguments: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = arguments.get("indent")?;
     let sort_keys: Option<bool> = arguments.get("sort_keys")?;
@@ -217,17 +225,21 @@ fn to_json(Serde(value): Serde<serde_json::Value>, arguments: Kwargs) -> Result<
     arguments.assert_all_used()?;
     let (item, key) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings")),
+        Some(_) => {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings"));
+        }
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };
     let value = if sort_keys == Some(true) { sorted(value) } else { value };
     let mut bytes = Vec::new();
-    let formatter = PythonFormatter { item, key, indent: indent.map(|width| width.min(16)), depth: 0, empty: true };
+    let formatter =
+        PythonFormatter { item, key, indent: indent.map(|width| width.min(16)), depth: 0, empty: true };
     value
         .serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
         .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     Ok(Value::from_safe_string(text))
 }
 
@@ -291,7 +303,11 @@ impl serde_json::ser::Formatter for PythonFormatter {
     fn end_array<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
         self.close(writer, b"]")
     }
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         self.begin_item(writer, first)
     }
     fn end_array_value<W: ?Sized + std::io::Write>(&mut self, _: &mut W) -> std::io::Result<()> {
@@ -304,7 +320,11 @@ impl serde_json::ser::Formatter for PythonFormatter {
     fn end_object<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
         self.close(writer, b"}")
     }
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         self.begin_item(writer, first)
     }
     fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
@@ -337,7 +357,10 @@ pub(crate) mod tests {
     }
 
     fn hello() -> Conversation {
-        Conversation { messages: vec![json!({"role": "user", "content": "Hi \u{1f600} <b>"})], ..Default::default() }
+        Conversation {
+            messages: vec![json!({"role": "user", "content": "Hi \u{1f600} <b>"})],
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -348,10 +371,18 @@ pub(crate) mod tests {
 
     #[test]
     fn pythons_jinja_is_understood() {
-        let check = |source: &str, expected: &str| assert_eq!(render(source, &hello()).unwrap(), expected, "{source}");
+        let check = |source: &str, expected: &str| {
+            assert_eq!(render(source, &hello()).unwrap(), expected, "{source}");
+        };
         check("{{ bos_token }}{{ messages[0].content.split(' ')[0] }}{{ eos_token }}", "<s>Hi</s>");
-        check("{%- set ns = namespace(n=0) -%}{%- for m in messages[::-1] -%}{%- set ns.n = ns.n + 1 -%}{%- endfor -%}{{ ns.n }}", "1");
-        check("{{ '  x'.lstrip() + 'Y'.lower() }}{{ 'a,b'.split(',')[-1] }}{{ 'abc'.startswith('ab') }}", "xybTrue");
+        check(
+            "{%- set ns = namespace(n=0) -%}{%- for m in messages[::-1] -%}{%- set ns.n = ns.n + 1 -%}{%- endfor -%}{{ ns.n }}",
+            "1",
+        );
+        check(
+            "{{ '  x'.lstrip() + 'Y'.lower() }}{{ 'a,b'.split(',')[-1] }}{{ 'abc'.startswith('ab') }}",
+            "xybTrue",
+        );
         check("{% if tools is none %}no tools{% endif %}{{ nothing }}", "no tools");
         check("{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}", "user");
         check("  {% if true %}\nx\n  {% endif %}\ny", "x\ny");
@@ -363,7 +394,8 @@ pub(crate) mod tests {
     fn tojson_writes_what_python_writes() {
         let value = json!({"b": [1, 2.5, null, true], "a": "é<'\"", "e": [], "o": {}});
         let conversation = Conversation { messages: vec![value], ..Default::default() };
-        let check = |source: &str, expected: &str| assert_eq!(render(source, &conversation).unwrap(), expected);
+        let check =
+            |source: &str, expected: &str| assert_eq!(render(source, &conversation).unwrap(), expected);
         check("{{ messages[0] | tojson }}", r#"{"b": [1, 2.5, null, true], "a": "é<'\"", "e": [], "o": {}}"#);
         check(
             "{{ messages[0] | tojson(indent=2) }}",
@@ -393,7 +425,8 @@ pub(crate) mod tests {
     fn variables_of_the_request_do_not_replace_the_templates_own() {
         let variables = json!({"enable_thinking": false, "messages": [], "bos_token": "x"});
         let conversation = Conversation { variables: variables.as_object().unwrap().clone(), ..hello() };
-        let text = render("{{ enable_thinking }}{{ messages | length }}{{ bos_token }}", &conversation).unwrap();
+        let text =
+            render("{{ enable_thinking }}{{ messages | length }}{{ bos_token }}", &conversation).unwrap();
         assert_eq!(text, "False1<s>");
     }
 

@@ -112,7 +112,10 @@ mod tests {
     #[test]
     fn a_character_comes_when_its_last_byte_has_come() {
         let tokenizer = Arc::new(byte_level());
-        assert_eq!(pieces(&tokenizer, &[], &[u32::from(b'a'), 260, 0xa0, u32::from(b'b')]), ["a", "", "你", "b", ""]);
+        assert_eq!(
+            pieces(&tokenizer, &[], &[u32::from(b'a'), 260, 0xa0, u32::from(b'b')]),
+            ["a", "", "你", "b", ""]
+        );
         let tokenizer = Arc::new(byte_fallback());
         assert_eq!(
             pieces(&tokenizer, &[], &[0xe4, 0xbd, 0xa0, 0xe5, 0xa5, 0xbd].map(|byte| byte + 3)),

@@ -12,7 +12,9 @@ mod strftime;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoadError {
     /// The file is not there or cannot be read.
-    #[error("{path} cannot be read: {source}; the model directory needs tokenizer.json (a tokenizer of the `tokenizers` library)")]
+    #[error(
+        "{path} cannot be read: {source}; the model directory needs tokenizer.json (a tokenizer of the `tokenizers` library)"
+    )]
     Read {
         /// Which file.
         path: String,

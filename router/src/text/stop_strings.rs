@@ -113,7 +113,10 @@ mod tests {
     #[test]
     fn a_stop_string_is_found_over_the_borders_of_pieces() {
         assert_eq!(run(&["</end>"], StopText::Cut, &["Hi <", "/e", "nd", "> there"]).0.concat(), "Hi ");
-        assert_eq!(run(&["</end>"], StopText::Keep, &["Hi <", "/e", "nd", "> there"]).0.concat(), "Hi </end> there");
+        assert_eq!(
+            run(&["</end>"], StopText::Keep, &["Hi <", "/e", "nd", "> there"]).0.concat(),
+            "Hi </end> there"
+        );
     }
 
     #[test]
@@ -131,12 +134,16 @@ mod tests {
     #[test]
     fn a_false_start_within_a_stop_string_does_not_hide_the_real_one() {
         assert_eq!(run(&["aab"], StopText::Cut, &["a", "a", "a", "b"]).0.concat(), "a");
-        assert_eq!(run(&["aab"], StopText::Keep, &["a", "a", "a", "b"]), (vec!["a".into(), "a".into(), "a".into(), "b".into()], true));
+        assert_eq!(
+            run(&["aab"], StopText::Keep, &["a", "a", "a", "b"]),
+            (vec!["a".into(), "a".into(), "a".into(), "b".into()], true)
+        );
     }
 
     #[test]
     fn the_stop_string_that_is_complete_first_counts() {
-        let check = |pieces: &[&str]| assert_eq!(run(&["abcd", "bc"], StopText::Cut, pieces).0.concat(), "xa");
+        let check =
+            |pieces: &[&str]| assert_eq!(run(&["abcd", "bc"], StopText::Cut, pieces).0.concat(), "xa");
         check(&["xabcd"]);
         check(&["x", "a", "b", "c", "d"]);
         check(&["xab", "cd"]);

@@ -5,7 +5,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 
@@ -35,7 +45,8 @@ fn at(seconds: u64, format: &str) -> Result<String, String> {
         if !padded {
             directive = characters.next();
         }
-        let number = |value: u64, width: usize| format!("{value:0>width$}", width = if padded { width } else { 1 });
+        let number =
+            |value: u64, width: usize| format!("{value:0>width$}", width = if padded { width } else { 1 });
         match directive {
             Some('Y') => write!(text, "{year}"),
             Some('y') => write!(text, "{}", number(year % 100, 2)),
@@ -95,7 +106,11 @@ mod tests {
         check(0, "%d %b %Y", "01 Jan 1970");
         check(951_782_400, "%Y-%m-%d %A %j", "2000-02-29 Tuesday 060");
         check(1_735_689_599, "%B %-d, %Y %I:%M:%S %p", "December 31, 2024 11:59:59 PM");
-        check(1_735_689_599, "%j %y %H %a %e %F %T %Z%z %%", "366 24 23 Tue 31 2024-12-31 23:59:59 UTC+0000 %");
+        check(
+            1_735_689_599,
+            "%j %y %H %a %e %F %T %Z%z %%",
+            "366 24 23 Tue 31 2024-12-31 23:59:59 UTC+0000 %",
+        );
         check(1_772_323_200, "%d %h", "01 Mar");
     }
 

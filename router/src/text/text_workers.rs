@@ -40,7 +40,11 @@ impl TextWorkers {
         });
         match task.await {
             Ok(result) => Ok(result),
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+            // It is cancelled only when the process ends, and this with it.
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => std::future::pending().await,
+            },
         }
     }
 }

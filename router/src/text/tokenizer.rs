@@ -25,7 +25,8 @@ impl Tokenizer {
     pub(crate) fn load(model_dir: &Path) -> Result<Self, LoadError> {
         let path = model_dir.join("tokenizer.json");
         let named = path.display().to_string();
-        let json = std::fs::read_to_string(&path).map_err(|source| LoadError::Read { path: named.clone(), source })?;
+        let json = std::fs::read_to_string(&path)
+            .map_err(|source| LoadError::Read { path: named.clone(), source })?;
         Self::parse(&json).map_err(|reason| LoadError::Broken { path: named, reason })
     }
 
@@ -50,8 +51,10 @@ impl Tokenizer {
     /// Ids of `text`. `add_special_tokens`: also those that the tokenizer puts around a text (a BOS, usually); a
     /// templated chat has them already.
     pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, EncodeError> {
-        let encoding =
-            self.inner.encode_fast(text, add_special_tokens).map_err(|error| EncodeError(error.to_string()))?;
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special_tokens)
+            .map_err(|error| EncodeError(error.to_string()))?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 
@@ -88,10 +91,10 @@ impl Tokenizer {
             return vec![byte];
         }
         // SentencePiece writes a space as U+2581; its decoders drop it at the beginning of a text, but this is not one.
-        match piece.contains('\u{2581}') {
-            true => piece.replace('\u{2581}', " ").into_bytes(),
-            false => self.decode(&[id.0]).into_bytes(),
+        if piece.contains('\u{2581}') {
+            return piece.replace('\u{2581}', " ").into_bytes();
         }
+        self.decode(&[id.0]).into_bytes()
     }
 }
 

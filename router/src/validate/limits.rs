@@ -66,8 +66,8 @@ impl Limits {
             && (truncate == 0 || truncate > self.max_input_tokens)
         {
             let message = format!(
-                "`truncate` must be strictly positive and less than {}. Given: {truncate}",
-                self.max_input_tokens + 1
+                "`truncate` must be strictly positive and <= {}. Given: {truncate}",
+                self.max_input_tokens
             );
             return Err(RequestError::invalid("truncate", message));
         }

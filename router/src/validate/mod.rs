@@ -94,7 +94,8 @@ impl Validator {
                 prompt.drain(..prompt.len().saturating_sub(truncate));
             }
             limits.check_prompt(prompt)?;
-            let max_new_tokens = limits.max_new_tokens(prompt.len(), request.max_new_tokens, request.dialect)?;
+            let max_new_tokens =
+                limits.max_new_tokens(prompt.len(), request.max_new_tokens, request.dialect)?;
             prompt_tokens += prompt.len();
             for choice in 0..request.n {
                 let mut sampling = sampling.clone();
@@ -122,7 +123,8 @@ impl Validator {
         let result = match prompt {
             Prompt::Ids(prompts) => return Ok(prompts),
             Prompt::Texts(texts) => {
-                let work = move || texts.iter().map(|text| tokenizer.encode(text, true).map_err(invalid)).collect();
+                let work =
+                    move || texts.iter().map(|text| tokenizer.encode(text, true).map_err(invalid)).collect();
                 self.workers.run(work).await
             }
             Prompt::Chat(conversation) => {
@@ -162,7 +164,12 @@ pub(crate) mod tests {
             tokenizer: Arc::new(byte_level()),
             chat_template: Some(Arc::new(ChatTemplate::compile(template, None, None).unwrap())),
             workers: TextWorkers::new(8),
-            limits: Limits { max_input_tokens: 60, max_total_tokens: 64, vocab_size: 265, max_concurrent_requests: 8 },
+            limits: Limits {
+                max_input_tokens: 60,
+                max_total_tokens: 64,
+                vocab_size: 265,
+                max_concurrent_requests: 8,
+            },
         }
     }
 
