@@ -2,15 +2,14 @@
 
 use std::io::IsTerminal;
 
-use anyhow::Context;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::ShardPlacement;
 
 /// Starts writing log lines. Prompts and generated tokens are never among them.
 pub(crate) fn init(placement: &ShardPlacement) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&placement.log_level).with_context(|| {
-        format!("--log-level {:?} is neither a level nor a directive", placement.log_level)
+    let filter = EnvFilter::try_new(&placement.log_level).map_err(|error| {
+        anyhow::anyhow!("--log-level {:?} is neither a level nor a directive: {error}", placement.log_level)
     })?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = if placement.json_output {

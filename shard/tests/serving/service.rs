@@ -230,6 +230,30 @@ async fn a_shard_answers_before_its_model_is_loaded_and_says_so() {
 }
 
 #[tokio::test]
+async fn a_rank_that_computes_another_step_than_rank_0_says_so_and_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_stop_0, _ended_0) = start(placement(dir.path(), 0, 2));
+    let (_stop_1, ended_1) = start(placement(dir.path(), 1, 2));
+    let mut clients = Vec::new();
+    for rank in 0..2 {
+        let channel = channel(&dir.path().join(format!("shard-{rank}"))).await;
+        wait_for(&channel, ServingStatus::Serving).await;
+        clients.push(shard_client(channel));
+    }
+    let (mut client_1, mut client_0) = (clients.pop().unwrap(), clients.pop().unwrap());
+    let (warm_0, warm_1) = tokio::join!(client_0.warmup(WARMUP), client_1.warmup(WARMUP));
+    assert_eq!(warm_0.unwrap().into_inner(), warm_1.unwrap().into_inner());
+
+    let (right, wrong) = tokio::join!(client_0.step(first_step(1, 1)), client_1.step(first_step(2, 1)));
+    right.unwrap();
+    let status = wrong.unwrap_err();
+    assert_eq!(status.code(), Code::Internal);
+    assert!(status.message().contains("all ranks must get the same messages"), "{status}");
+    let error = tokio::time::timeout(PATIENCE, ended_1).await.unwrap().unwrap().unwrap_err();
+    assert!(error.to_string().starts_with("rank 1 computes step 2"), "{error}");
+}
+
+#[tokio::test]
 async fn the_socket_is_private_and_goes_with_the_shard() {
     use std::os::unix::fs::PermissionsExt;
     let (served, mut client) = Served::start().await;
