@@ -1,7 +1,8 @@
 //! The matrix product against what the machine gives: a read-bandwidth probe, a multiply-add probe, and candle.
 //!
-//! `cargo bench -p kernels --bench linear [-- THREADS]`. All figures of a table come from one run; on a shared machine only
-//! their ratios mean something.
+//! `cargo bench --profile release -p kernels --bench linear [-- THREADS]`. All figures of a table come from one run. With
+//! one thread the times are CPU times of the process (candle's threads added up), so that other processes
+//! disturb them less; with more they are those of the wall clock.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 #![expect(unsafe_code, reason = "the probes call instructions by name")]
 
@@ -12,6 +13,7 @@ use candle_core::{Device, Tensor as CandleTensor};
 use kernels::ops::linear::{LinearPart, linear};
 use kernels::{Context, DType, Tensor, available_cores};
 
+/// How long a figure is repeated; the best counts.
 const LEAST: Duration = Duration::from_millis(300);
 
 fn main() {
@@ -33,30 +35,53 @@ fn main() {
                     "{n}x{k} {dtype:?} {rows:>3}: {bytes:6.1} GB/s ({:3.0} %) {flops:6.0} GFLOP/s ({:3.0} %) {:6.1}x",
                     100.0 * bytes / read,
                     100.0 * flops / peak,
-                    weights.candle_seconds(rows) / ours,
+                    weights.candle_seconds(&context, rows) / ours,
                 );
             }
         }
     }
 }
 
-/// The best of several runs, in seconds.
-fn best_seconds(mut run: impl FnMut()) -> f64 {
-    let (begin, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
-    while runs < 3 || begin.elapsed() < LEAST {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
+/// What the time of a run is read from.
+#[derive(Clone, Copy)]
+enum Clock {
+    Wall,
+    Cpu,
+}
+
+impl Clock {
+    fn for_threads(threads: usize) -> Self {
+        if threads == 1 { Self::Cpu } else { Self::Wall }
     }
-    best
+
+    fn now_seconds(self) -> f64 {
+        let clock = match self {
+            Self::Wall => libc::CLOCK_MONOTONIC,
+            Self::Cpu => libc::CLOCK_PROCESS_CPUTIME_ID,
+        };
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes to a `timespec`.
+        assert_eq!(unsafe { libc::clock_gettime(clock, &raw mut time) }, 0, "these clocks exist");
+        time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
+    }
+
+    /// The best of several runs, in seconds.
+    fn best_seconds(self, mut run: impl FnMut()) -> f64 {
+        let (begin, mut best) = (Instant::now(), f64::INFINITY);
+        while best.is_infinite() || begin.elapsed() < LEAST {
+            let start = self.now_seconds();
+            run();
+            best = best.min(self.now_seconds() - start);
+        }
+        best
+    }
 }
 
 /// Bytes per second that the threads read together, from memory far larger than the caches.
 fn read_gb_per_s(context: &Context) -> f64 {
     let data = vec![1_u64; (512 << 20) / 8];
     let chunks: Vec<&[u64]> = data.chunks(1 << 17).collect();
-    let seconds = best_seconds(|| {
+    let seconds = Clock::for_threads(context.num_threads()).best_seconds(|| {
         context.parallel_for(chunks.len(), |i| {
             let mut sums = [0_u64; 16];
             for values in chunks[i].chunks_exact(16) {
@@ -73,7 +98,7 @@ fn multiply_add_gflop_per_s(context: &Context) -> f64 {
     const REPEATS: usize = 100_000;
     let tasks = context.num_threads();
     let mut flops = 0;
-    let seconds = best_seconds(|| {
+    let seconds = Clock::for_threads(context.num_threads()).best_seconds(|| {
         let done = std::sync::atomic::AtomicUsize::new(0);
         context.parallel_for(tasks, |_| {
             let flops = multiply_adds(black_box(REPEATS));
@@ -156,23 +181,18 @@ impl Weights {
         let x = vec![0.5_f32; rows * self.ours.cols()];
         let x = Tensor::from_slice(&x, rows, self.ours.cols());
         let mut out = Tensor::zeros(rows, self.ours.rows(), DType::F32);
-        best_seconds(|| {
+        Clock::for_threads(context.num_threads()).best_seconds(|| {
             let part = LinearPart { weight: &self.ours, bias: None };
             linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
         })
     }
 
     /// candle multiplies operands of one type only, so the input has the weights' type.
-    fn candle_seconds(&self, rows: usize) -> f64 {
+    fn candle_seconds(&self, context: &Context, rows: usize) -> f64 {
         let x = CandleTensor::ones((rows, self.ours.cols()), self.candle.dtype(), &Device::Cpu)
             .expect("a tensor");
-        let begin = Instant::now();
-        let mut best = f64::INFINITY;
-        while best.is_infinite() || begin.elapsed() < LEAST {
-            let start = Instant::now();
+        Clock::for_threads(context.num_threads()).best_seconds(|| {
             black_box(x.matmul(&self.candle.t().expect("a matrix")).expect("shapes fit"));
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-        best
+        })
     }
 }

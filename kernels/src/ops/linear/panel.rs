@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use super::Block;
-use super::tile::{Target, Tile, row_tiles, tile_outputs};
+use super::tile::{Prefetch, Target, Tile, row_tiles, tile_outputs};
 use crate::simd::{Float, Kernel, LANES, Lanes, Simd, spans};
 
 /// Outputs of a panel.
@@ -86,9 +86,11 @@ impl Part {
     fn multiply<S: Simd, W: Float>(&self, simd: S, block: &Block<W>, scratch: &mut Scratch) {
         let mut output = 0;
         let mut carried = scratch.carried.as_mut_ptr();
+        let mut next_lines = self.next_lines(block);
         while output < self.num_outputs {
             let num_outputs = tile_outputs::<S>(self.num_rows, self.num_outputs - output);
             for (row, num_rows) in row_tiles::<S>(self.num_rows, num_outputs) {
+                next_lines.by_ref().take(num_outputs * num_rows).for_each(|line| simd.prefetch(line));
                 // SAFETY: within the panel, the block, and `carried`, which has a place for each output and row.
                 unsafe {
                     let tile = Tile {
@@ -98,6 +100,7 @@ impl Part {
                         x_stride: block.x_stride,
                         k: self.k_len,
                         carried: (self.k > 0).then_some(carried.cast_const()),
+                        prefetch: Prefetch { times_used: 1, time: 0 },
                         target: self.target(block, carried, self.output + output, self.row + row),
                     };
                     tile.call::<S, false>(simd, num_outputs, num_rows);
@@ -106,6 +109,23 @@ impl Part {
             }
             output += num_outputs;
         }
+    }
+
+    /// The cache lines of the weights that are widened next, if they come from memory. One for each output and row of a
+    /// tile is enough: there are half as many lines, or fewer, as `ROWS * OUTPUTS`.
+    #[inline(always)]
+    fn next_lines<W: Float>(&self, block: &Block<W>) -> impl Iterator<Item = *const u8> {
+        const LINE_BYTES: usize = 64;
+        let (next_k, is_first_use) = (self.k + self.k_len, self.row == 0);
+        let (output, k) = if next_k < block.k { (self.output, next_k) } else { (self.output + OUTPUTS, 0) };
+        let num_outputs =
+            if is_first_use { OUTPUTS.min(block.num_outputs.saturating_sub(output)) } else { 0 };
+        let lines = (K.min(block.k - k) * size_of::<W>()).div_ceil(LINE_BYTES);
+        let first = block.weights.wrapping_add(output * block.weight_stride + k).cast::<u8>();
+        let row_bytes = block.weight_stride * size_of::<W>();
+        (0..num_outputs).flat_map(move |output| {
+            (0..lines).map(move |line| first.wrapping_add(output * row_bytes + line * LINE_BYTES))
+        })
     }
 
     /// # Safety

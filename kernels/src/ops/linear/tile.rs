@@ -6,18 +6,19 @@ use crate::simd::{Float, Kernel, LANES, Lanes, Simd, spans};
 /// Up to this many rows the weights are widened in registers each time; above, it pays to widen them once to memory.
 pub(super) const DIRECT_ROWS: usize = 16;
 
-/// How far ahead of its use a weight is asked for, per row of a tile. Measured: half costs a tenth of the bandwidth, double
-/// gains nothing.
+/// How far ahead of its use a weight is asked for, per row of a tile, where a tile is used once.
 const PREFETCH_BYTES: usize = 1024;
 
-/// All rows of a block, the weights as they lie in memory. A tile's weights come from memory for its first rows and from
-/// the cache for the others.
+/// All rows of a block, the weights as they lie in memory. Where there are several tiles of rows, the weights come from
+/// memory once, while those before are in use.
 #[inline(always)]
 pub(super) fn direct<S: Simd, W: Float>(simd: S, block: &Block<W>) {
     let mut output = 0;
     while output < block.num_outputs {
         let num_outputs = tile_outputs::<S>(block.rows, block.num_outputs - output);
-        for (row, num_rows) in row_tiles::<S>(block.rows, num_outputs) {
+        let row_tiles = row_tiles::<S>(block.rows, num_outputs);
+        let times_used = row_tiles.len();
+        for (time, (row, num_rows)) in row_tiles.enumerate() {
             // SAFETY: `output` and `row` with their numbers are within the block.
             let tile = unsafe {
                 Tile {
@@ -27,6 +28,7 @@ pub(super) fn direct<S: Simd, W: Float>(simd: S, block: &Block<W>) {
                     x_stride: block.x_stride,
                     k: block.k,
                     carried: None,
+                    prefetch: Prefetch { times_used, time },
                     target: Target::Out {
                         out: block.out.add(row * block.out_stride + output),
                         out_stride: block.out_stride,
@@ -57,7 +59,10 @@ pub(super) fn tile_outputs<S: Simd>(rows: usize, left: usize) -> usize {
 
 /// First row and number of rows of each tile, as even as can be.
 #[inline(always)]
-pub(super) fn row_tiles<S: Simd>(rows: usize, num_outputs: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn row_tiles<S: Simd>(
+    rows: usize,
+    num_outputs: usize,
+) -> impl ExactSizeIterator<Item = (usize, usize)> {
     let most = match (num_outputs, S::WIDE) {
         (1, _) => 1,
         (_, true) => 4,
@@ -79,6 +84,14 @@ pub(super) enum Target {
     Out { out: *mut f32, out_stride: usize, bias: Option<*const f32> },
 }
 
+/// How often weights are used while they are in the cache, and which of these uses a tile is: each brings a part of the
+/// next tile's weights.
+#[derive(Clone, Copy)]
+pub(super) struct Prefetch {
+    pub(super) times_used: usize,
+    pub(super) time: usize,
+}
+
 /// A few rows of weights times a few rows of x. The pointers are to the tile's first elements.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<W> {
@@ -89,6 +102,7 @@ pub(super) struct Tile<W> {
     pub(super) k: usize,
     /// Sums of the former part of k, as [`Target::Carried`] left them.
     pub(super) carried: Option<*const Lanes>,
+    pub(super) prefetch: Prefetch,
     pub(super) target: Target,
 }
 
@@ -127,25 +141,31 @@ impl<W: Float, const OUTPUTS: usize, const ROWS: usize, const PREFETCH: bool> Ke
             }
         }
         let full = tile.k / (2 * LANES) * (2 * LANES);
-        // Behind a row's end, what comes next is the row of the next tile.
-        let prefetch_wrap = PREFETCH_BYTES
-            .wrapping_add((OUTPUTS * tile.weight_stride).wrapping_sub(tile.k).wrapping_mul(size_of::<W>()));
-        let wrap_at = tile.k.saturating_sub(PREFETCH_BYTES / size_of::<W>());
+        let next_tile = OUTPUTS * tile.weight_stride;
+        let Prefetch { times_used, time } = tile.prefetch;
+        // Element of a row that is asked for next. Used once: somewhat ahead, and at the row's end, in the row that the next
+        // tile has at its place. Used several times: a part of that row each time.
+        let (mut ahead, wrap_at) = match times_used {
+            1 => {
+                let ahead = PREFETCH_BYTES / size_of::<W>();
+                (ahead, tile.k.saturating_sub(ahead).next_multiple_of(2 * LANES))
+            }
+            _ => (next_tile + time * tile.k / times_used, usize::MAX),
+        };
         let mut at = 0;
         while at < full {
             if PREFETCH {
-                let ahead = if at < wrap_at { PREFETCH_BYTES } else { prefetch_wrap };
+                if at == wrap_at {
+                    ahead = ahead.wrapping_add(next_tile).wrapping_sub(tile.k);
+                }
                 for output in 0..OUTPUTS {
-                    let line = tile
-                        .weights
-                        .wrapping_add(output * tile.weight_stride + at)
-                        .cast::<u8>()
-                        .wrapping_add(ahead);
+                    let line = tile.weights.wrapping_add(output * tile.weight_stride + ahead).cast::<u8>();
                     simd.prefetch(line);
-                    if size_of::<W>() == 4 {
+                    if times_used == 1 && size_of::<W>() == 4 {
                         simd.prefetch(line.wrapping_add(64));
                     }
                 }
+                ahead = ahead.wrapping_add((2 * LANES).div_ceil(times_used));
             }
             // SAFETY: `at + 2 * LANES <= k`.
             unsafe {
