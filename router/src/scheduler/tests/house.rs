@@ -57,6 +57,8 @@ pub(super) struct House {
     /// Every step that was ever sent.
     pub(super) sent: Vec<Step>,
     events: mpsc::UnboundedReceiver<Event>,
+    /// Whether something happened since steps were last asked for. Without an event, the scheduler's task sleeps.
+    awake: bool,
 }
 
 /// A reader and what it has read.
@@ -88,6 +90,7 @@ impl House {
             in_flight: VecDeque::new(),
             sent: Vec::new(),
             events,
+            awake: false,
         }
     }
 
@@ -142,6 +145,7 @@ impl House {
     }
 
     pub(super) fn apply(&mut self, event: Event) {
+        self.awake = true;
         self.scheduler.apply(event, Instant::now());
         self.scheduler.check_invariants();
     }
@@ -150,6 +154,9 @@ impl House {
     pub(super) fn pump(&mut self) {
         while let Ok(event) = self.events.try_recv() {
             self.apply(event);
+        }
+        if !std::mem::take(&mut self.awake) {
+            return;
         }
         while let Some(step) = self.scheduler.next_step(Instant::now()) {
             self.scheduler.check_invariants();
