@@ -493,3 +493,53 @@ impl<'a> ViewMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast::<T>(), self.rows * self.cols) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counted(rows: usize, cols: usize) -> Tensor {
+        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
+        Tensor::from_slice(&values, rows, cols)
+    }
+
+    #[test]
+    fn narrowing_shares_the_storage_and_keeps_the_stride() {
+        let whole = counted(5, 7);
+        let part = whole.narrow_rows(1, 3).narrow_cols(2, 4);
+        assert_eq!((part.rows(), part.cols()), (3, 4));
+        for row in 0..3 {
+            assert_eq!(part.view().row::<f32>(row), &whole.view().row::<f32>(row + 1)[2..6]);
+        }
+    }
+
+    #[test]
+    fn converting_rounds_to_the_type_and_back_exactly() {
+        let values = counted(3, 50);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let there = values.narrow_cols(3, 40).to_dtype(dtype).expect("a float type");
+            assert_eq!((there.dtype(), there.rows(), there.cols()), (dtype, 3, 40));
+            let back = there.to_dtype(DType::F32).expect("a float type");
+            assert_eq!(back.view().row::<f32>(2), &values.view().row::<f32>(2)[3..43]);
+        }
+        assert!(matches!(values.to_dtype(DType::U32), Err(Error::DType { .. })));
+    }
+
+    #[test]
+    fn a_matrix_beyond_the_file_or_out_of_alignment_is_refused() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), [0_u8; 40]).expect("write");
+        let map = Arc::new(MappedFile::open(file.path()).expect("map"));
+        let at = |offset, rows| Tensor::mapped(Arc::clone(&map), offset, DType::F32, rows, 2);
+        assert!(at(8, 4).is_ok_and(|tensor| tensor.is_mapped()));
+        for (offset, rows) in [(8, 5), (2, 1), (48, 0), (usize::MAX - 3, 1)] {
+            assert!(matches!(at(offset, rows), Err(Error::Shape { .. })), "{rows} rows at {offset}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = MappedFile::open("/no/such/file".as_ref()).map(|_| ()).expect_err("not there");
+        assert!(error.to_string().starts_with("mapping /no/such/file: "), "{error}");
+    }
+}

@@ -282,6 +282,9 @@ fn operands_that_do_not_fit_are_refused() {
     }
     let half = Tensor::zeros(3, 32, DType::F16);
     assert!(matches!(attend(&half, batch), Err(Error::DType { .. })));
+    let blind = AttentionParams { window: Some(0), ..params };
+    let outcome = paged_attention(&context, good.view(), &cache, &batch, blind, out.view_mut());
+    assert!(matches!(outcome, Err(Error::Shape { .. })));
     let kv = Tensor::zeros(2, 16, DType::F32);
     let mut write =
         |keys: &Tensor, slots: &[u32]| write_kv(&context, keys.view(), kv.view(), slots, &mut cache);

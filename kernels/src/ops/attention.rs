@@ -62,7 +62,7 @@ pub struct AttentionBatch<'a> {
 pub struct AttentionParams {
     /// Multiplies the dot products.
     pub scale: f32,
-    /// A row attends to the last `window` positions only, its own included.
+    /// A row attends to the last `window` positions only, its own included; at least 1.
     pub window: Option<usize>,
 }
 
@@ -142,6 +142,7 @@ pub fn paged_attention(
     out: ViewMut<'_>,
 ) -> Result<()> {
     check(query, cache, batch, &out)?;
+    require("paged_attention", params.window != Some(0), || "a window of 0 positions".into())?;
     let attention = Attention { query, cache, batch, params, out: SharedRows::new(out) };
     let group = query.cols() / (cache.kv_heads * cache.head_dim);
     // A tile's rows read each block together; a decode row is a tile of its own.

@@ -191,6 +191,20 @@ impl<T: Float> Block<'_, '_, T> {
         cache[block * block_size * head_dim..][..block_size * head_dim].as_ptr()
     }
 
+    /// Asks for a line of the next block of the keys or values while this one is in use: blocks lie anywhere, so the CPU
+    /// does not guess the next one.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, simd: S, cache: &[T], place: usize) {
+        let Tile { table, kv_heads, kv_head, block_size, head_dim, .. } = *self.tile;
+        // Behind the last block lies another one or rubbish; an address is all that is made of it.
+        let Some(&block) = table.get(self.index + 1) else { return };
+        let line = ((block as usize * kv_heads + kv_head) * block_size + place) * head_dim;
+        let bytes = head_dim * size_of::<T>();
+        for offset in (0..bytes).step_by(64) {
+            simd.prefetch(cache.as_ptr().wrapping_add(line).cast::<u8>().wrapping_add(offset));
+        }
+    }
+
     /// Takes queries that see the same places. How many go together changes only how often a key or value is read.
     #[inline(always)]
     fn attend<S: Simd>(&mut self, simd: S, queries: Range<usize>, places: &Range<usize>) {
@@ -231,6 +245,9 @@ impl<T: Float> Block<'_, '_, T> {
     ) {
         let mut place = places.start;
         while place + P <= places.end {
+            if first == 0 {
+                (place..place + P).for_each(|place| self.prefetch_next(simd, self.tile.keys, place));
+            }
             self.score_places::<S, N, P>(simd, first, place);
             place += P;
         }
@@ -343,6 +360,9 @@ impl<T: Float> Block<'_, '_, T> {
             }
         }
         for place in places.clone() {
+            if first == 0 && vector == 0 {
+                self.prefetch_next(simd, self.tile.values, place);
+            }
             let mut value = [simd.splat(0.0); D];
             for (j, value) in value.iter_mut().enumerate() {
                 let start = (vector + j) * LANES;
