@@ -2,12 +2,13 @@
 
 use anyhow::Context;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::RouterConfig;
 
 /// Sets up logging for the process. Panics become log records too, so that they are single lines.
 pub(crate) fn init(config: &RouterConfig) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.log_level).with_context(|| {
+    let filter = EnvFilter::try_new(directives(&config.log_level)).with_context(|| {
         format!(
             "--log-level {:?} is neither a level nor a list of directives such as info,router=debug",
             config.log_level
@@ -27,4 +28,25 @@ pub(crate) fn init(config: &RouterConfig) -> anyhow::Result<()> {
         tracing::error!(location, panic = message, "a thread met a defect and panicked");
     }));
     Ok(())
+}
+
+/// A bare level is about this program: at `debug` its libraries log each frame on each connection.
+fn directives(log_level: &str) -> String {
+    match log_level.parse::<LevelFilter>() {
+        Ok(_) => format!("{log_level},h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn"),
+        Err(_) => log_level.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_is_for_this_program_and_directives_are_taken_as_they_are() {
+        assert_eq!(directives("debug"), "debug,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn");
+        assert_eq!(directives("info,router=debug"), "info,router=debug");
+        assert!(EnvFilter::try_new(directives("off")).is_ok());
+        assert!(EnvFilter::try_new(directives("router=loud")).is_err());
+    }
 }

@@ -157,7 +157,7 @@ fn read(path: &Path) -> Result<Option<String>, LoadError> {
     match std::fs::read_to_string(path) {
         Ok(content) => Ok(Some(content)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(LoadError::Read { path: path.display().to_string(), source }),
+        Err(error) => Err(LoadError::Read { path: path.display().to_string(), error }),
     }
 }
 

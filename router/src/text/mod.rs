@@ -13,13 +13,13 @@ mod strftime;
 pub(crate) enum LoadError {
     /// The file is not there or cannot be read.
     #[error(
-        "{path} cannot be read: {source}; the model directory needs tokenizer.json (a tokenizer of the `tokenizers` library)"
+        "{path} cannot be read: {error}; the model directory needs tokenizer.json (a tokenizer of the `tokenizers` library)"
     )]
     Read {
         /// Which file.
         path: String,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Not named `source`: the message has it already.
+        error: std::io::Error,
     },
     /// The file is there, but not what it should be.
     #[error("{path} is broken: {reason}; download the model again, or repair the file")]

@@ -25,8 +25,8 @@ impl Tokenizer {
     pub(crate) fn load(model_dir: &Path) -> Result<Self, LoadError> {
         let path = model_dir.join("tokenizer.json");
         let named = path.display().to_string();
-        let json = std::fs::read_to_string(&path)
-            .map_err(|source| LoadError::Read { path: named.clone(), source })?;
+        let json =
+            std::fs::read_to_string(&path).map_err(|error| LoadError::Read { path: named.clone(), error })?;
         Self::parse(&json).map_err(|reason| LoadError::Broken { path: named, reason })
     }
 
