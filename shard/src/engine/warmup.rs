@@ -41,15 +41,14 @@ impl CacheNeeds {
             let useful = blocks_per_sequence * u64::from(request.max_step_sequences);
             let fitting = own_share
                 .map_or(u64::MAX, |bytes| (bytes as f64 * DEFAULT_MEMORY_SHARE) as u64 / block_bytes);
-            if fitting < blocks_per_sequence {
-                let tokens = u64::from(request.max_total_tokens);
-                let bytes = own_share.map(|bytes| (bytes as f64 * DEFAULT_MEMORY_SHARE) as u64);
-                return Err(out_of_memory(
-                    "max_total_tokens",
-                    tokens,
-                    blocks_per_sequence * block_bytes,
-                    bytes,
-                ));
+            // Less than one sequence of `max_total_tokens` is for the router to judge: it may serve shorter ones.
+            if fitting == 0 {
+                return Err(Error::OutOfMemory(format!(
+                    "not even one KV block of {} tokens ({} MiB) fits the memory given to this rank: give the process \
+                     more memory, or stop what else uses it",
+                    self.block_size,
+                    block_bytes >> 20,
+                )));
             }
             useful.min(fitting)
         };
@@ -96,8 +95,14 @@ mod tests {
     #[test]
     fn without_a_wish_a_quarter_of_the_memory_is_shared_by_the_ranks() {
         assert_eq!(num_blocks(None, Some(2 * 4 * 10 * BLOCK_BYTES)), Ok(10));
-        let message = num_blocks(None, Some(2 * 4 * 3 * BLOCK_BYTES)).unwrap_err();
-        assert!(message.starts_with("max_total_tokens is 100"), "{message}");
+        let message = num_blocks(None, Some(2 * 3 * BLOCK_BYTES)).unwrap_err();
+        assert!(message.starts_with("not even one KV block of 32 tokens"), "{message}");
+    }
+
+    #[test]
+    fn a_cache_smaller_than_one_full_sequence_is_given_and_left_to_the_router() {
+        // A sequence of 100 tokens takes four blocks.
+        assert_eq!(num_blocks(None, Some(2 * 4 * 3 * BLOCK_BYTES)), Ok(3));
     }
 
     #[test]
