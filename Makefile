@@ -18,8 +18,8 @@ VENV := target/clients-venv
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-run: build ## Build and serve (flags: make run ARGS="--port 8080")
-	@$(CARGO) run $(CARGO_FLAGS) --quiet --package lamplighter -- $(ARGS)
+run: toolchain ## Build and serve (flags: make run ARGS="--port 8080")
+	$(CARGO) run $(CARGO_FLAGS) --package lamplighter -- $(ARGS)
 
 build: toolchain ## Build the executable: target/release/lamplighter
 	$(CARGO) build $(CARGO_FLAGS) --package lamplighter

@@ -1,6 +1,6 @@
 //! From the number of shards to places: ranks, threads, sockets, and the files by which the processes find each other.
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -19,15 +19,27 @@ use crate::supervisor::{Group, Member};
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, the last of them zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// Locked while the launcher of a run directory lives; the kernel unlocks it however that ends.
+const LOCK_FILE: &str = "lock";
+
+/// Of all run directories.
+const PREFIX: &str = "lamplighter-";
+
 /// Private directories (mode 0700) of this launch, removed when it ends.
 pub(crate) struct RunDirectory {
-    directory: TempDir,
+    directory: LockedDirectory,
     /// Where the ranks of a tensor-parallel group share memory; in /dev/shm where there is one, so that their
     /// traffic never reaches a disk.
-    shared_memory: Option<TempDir>,
+    shared_memory: Option<LockedDirectory>,
+}
+
+struct LockedDirectory {
+    directory: TempDir,
+    _lock: File,
 }
 
 impl RunDirectory {
+    /// Makes the directories, and removes those that killed launchers left behind.
     pub(crate) fn create() -> Result<Self, TopologyError> {
         let directory = private_directory(&std::env::temp_dir())
             .map_err(|source| TopologyError::RunDirectory { parent: std::env::temp_dir(), source })?;
@@ -36,11 +48,11 @@ impl RunDirectory {
     }
 
     pub(crate) fn path(&self) -> &Path {
-        self.directory.path()
+        self.directory.directory.path()
     }
 
     fn rendezvous(&self) -> PathBuf {
-        self.shared_memory.as_ref().unwrap_or(&self.directory).path().join("rendezvous")
+        self.shared_memory.as_ref().unwrap_or(&self.directory).directory.path().join("rendezvous")
     }
 }
 
@@ -65,9 +77,28 @@ pub(crate) enum TopologyError {
     Settings(#[from] crate::child::SettingsError),
 }
 
-fn private_directory(parent: &Path) -> std::io::Result<TempDir> {
+fn private_directory(parent: &Path) -> std::io::Result<LockedDirectory> {
+    remove_abandoned(parent);
     let permissions = Permissions::from_mode(0o700);
-    tempfile::Builder::new().prefix("lamplighter-").permissions(permissions).tempdir_in(parent)
+    let directory = tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempdir_in(parent)?;
+    // Locked before it has its name: whoever finds the lock file free has found a launcher that has ended.
+    let unnamed = directory.path().join("locking");
+    let lock = File::create(&unnamed)?;
+    lock.try_lock()?;
+    std::fs::rename(unnamed, directory.path().join(LOCK_FILE))?;
+    Ok(LockedDirectory { directory, _lock: lock })
+}
+
+/// Removes the run directories whose launcher was killed. What cannot be removed belongs to somebody else.
+fn remove_abandoned(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
+        let is_abandoned =
+            || File::open(entry.path().join(LOCK_FILE)).is_ok_and(|lock| lock.try_lock().is_ok());
+        if is_ours && is_abandoned() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Places all processes, and writes down for each what it is to do.
@@ -214,6 +245,20 @@ mod tests {
         }
         drop(run);
         assert!(directories.iter().all(|directory| !directory.exists()));
+    }
+
+    #[test]
+    fn directories_of_killed_launchers_are_removed_and_those_of_running_ones_are_not() {
+        let parent = tempfile::tempdir().unwrap();
+        let running = private_directory(parent.path()).unwrap();
+        let abandoned = parent.path().join("lamplighter-killed");
+        std::fs::create_dir(&abandoned).unwrap();
+        std::fs::write(abandoned.join(LOCK_FILE), "").unwrap();
+        let foreign = parent.path().join("lamplighter-notes");
+        std::fs::create_dir(&foreign).unwrap();
+        remove_abandoned(parent.path());
+        assert!(!abandoned.exists());
+        assert!(running.directory.path().exists() && foreign.exists());
     }
 
     #[test]
