@@ -11,21 +11,24 @@ CARGO_FLAGS := --release --locked
 # Flags of `lamplighter`, as in: make run ARGS="--model-id /models/x --port 8080"
 ARGS ?=
 
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+EXECUTABLE := $(TARGET)/release/lamplighter
 VENV := target/clients-venv
 
-.PHONY: help run build test lint format ci bench toolchain
+.PHONY: help run build test lint format ci bench bench-serving toolchain
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-run: toolchain ## Build and serve (flags: make run ARGS="--port 8080")
-	$(CARGO) run $(CARGO_FLAGS) --package lamplighter -- $(ARGS)
+run: build ## Build and serve (flags: make run ARGS="--port 8080")
+	@exec $(EXECUTABLE) $(ARGS)
 
+# With --workspace, here and below: cargo chooses the features of dependencies by the packages that it is told to build,
+# and compiles again what had others.
 build: toolchain ## Build the executable: target/release/lamplighter
-	$(CARGO) build $(CARGO_FLAGS) --package lamplighter
+	$(CARGO) build $(CARGO_FLAGS) --workspace --bins
 
-test: toolchain $(VENV)/installed ## Run all tests, those through the real executable and its clients too
-	$(CARGO) build $(CARGO_FLAGS) --package lamplighter
+test: build $(VENV)/installed ## Run all tests, those through the real executable and its clients too
 	$(CARGO) test $(CARGO_FLAGS) --workspace --no-fail-fast
 
 lint: toolchain ## Check format and lints; warnings are errors
@@ -38,7 +41,10 @@ format: toolchain ## Format all Rust code
 ci: lint test ## What continuous integration runs
 
 bench: toolchain ## Measure the kernels against the machine's limits
-	$(CARGO) bench --locked --package kernels
+	$(CARGO) bench --profile release --locked --workspace --bench linear
+
+bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 1b")
+	$(CARGO) bench --profile release --locked --workspace --bench serving -- $(ARGS)
 
 toolchain:
 	@command -v $(CARGO) >/dev/null || { \

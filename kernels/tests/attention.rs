@@ -5,7 +5,7 @@ mod common;
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
 use kernels::ops::attention::{paged_attention, write_kv};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Tensor};
-use rand::Rng;
+use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 

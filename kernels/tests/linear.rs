@@ -6,7 +6,7 @@ use candle_core::Device;
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
 use kernels::ops::linear::{LinearPart, linear};
 use kernels::{Context, DType, Error, Level, Tensor, View};
-use rand::Rng;
+use rand::RngExt;
 
 fn run(context: &Context, x: View<'_>, parts: &[LinearPart<'_>]) -> Vec<f32> {
     let cols = parts.iter().map(|part| part.weight.rows()).sum();

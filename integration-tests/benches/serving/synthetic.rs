@@ -1,0 +1,129 @@
+//! Checkpoints of a published shape with random weights: what a step costs does not depend on what the weights say.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, json};
+
+/// A Llama-architecture shape, weights in bf16.
+pub struct Shape {
+    pub name: &'static str,
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub ffn: usize,
+    pub vocab: usize,
+    pub tied: bool,
+}
+
+/// The shape of SmolLM2-135M.
+pub const SMOLLM2_135M: Shape = Shape {
+    name: "SmolLM2-135M shape",
+    hidden: 576,
+    layers: 30,
+    heads: 9,
+    kv_heads: 3,
+    ffn: 1536,
+    vocab: 49152,
+    tied: true,
+};
+
+/// The shape of TinyLlama-1.1B.
+pub const TINYLLAMA_1B: Shape = Shape {
+    name: "TinyLlama-1.1B shape",
+    hidden: 2048,
+    layers: 22,
+    heads: 32,
+    kv_heads: 4,
+    ffn: 5632,
+    vocab: 32000,
+    tied: false,
+};
+
+impl Shape {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let head_dim = self.hidden / self.heads;
+        let (q, kv) = (self.heads * head_dim, self.kv_heads * head_dim);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, self.hidden])];
+        for layer in 0..self.layers {
+            let mut push = |name: &str, shape: &[usize]| {
+                tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+            };
+            push("input_layernorm", &[self.hidden]);
+            push("self_attn.q_proj", &[q, self.hidden]);
+            push("self_attn.k_proj", &[kv, self.hidden]);
+            push("self_attn.v_proj", &[kv, self.hidden]);
+            push("self_attn.o_proj", &[self.hidden, q]);
+            push("post_attention_layernorm", &[self.hidden]);
+            push("mlp.gate_proj", &[self.ffn, self.hidden]);
+            push("mlp.up_proj", &[self.ffn, self.hidden]);
+            push("mlp.down_proj", &[self.hidden, self.ffn]);
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![self.hidden]));
+        if !self.tied {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab, self.hidden]));
+        }
+        tensors
+    }
+
+    /// Bytes of weights that a decode step reads: all but an untied embedding table, of which it reads single rows.
+    pub fn bytes_per_step(&self) -> usize {
+        let elements: usize = self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let embedding = if self.tied { 0 } else { self.vocab * self.hidden };
+        (elements - embedding) * 2
+    }
+
+    /// Writes the checkpoint below `parent` (once) with the tokenizer of `tokenizer_from`, and returns its directory.
+    pub fn write(&self, parent: &Path, tokenizer_from: &Path) -> anyhow::Result<PathBuf> {
+        let directory = parent.join(self.name.replace(' ', "-"));
+        if directory.join("complete").exists() {
+            return Ok(directory);
+        }
+        fs::create_dir_all(&directory)?;
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(tokenizer_from.join(file), directory.join(file))?;
+        }
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
+            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "intermediate_size": self.ffn, "vocab_size": self.vocab,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048,
+            "tie_word_embeddings": self.tied, "attention_bias": false, "mlp_bias": false,
+        });
+        fs::write(directory.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
+        self.write_weights(&directory.join("model.safetensors"))?;
+        fs::write(directory.join("complete"), "")?;
+        Ok(directory)
+    }
+
+    fn write_weights(&self, path: &Path) -> anyhow::Result<()> {
+        let mut header = Map::new();
+        let mut end = 0;
+        for (name, shape) in self.tensors() {
+            let begin = end;
+            end += shape.iter().product::<usize>() * 2;
+            header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}));
+        }
+        let mut header = serde_json::to_vec(&header)?;
+        header.resize(header.len().next_multiple_of(64) + 56, b' ');
+        let mut file = BufWriter::new(fs::File::create(path)?);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for (_, shape) in self.tensors() {
+            let norm = shape.len() == 1;
+            for _ in 0..shape.iter().product::<usize>() {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                // Uniform in -0.035 .. 0.035: the variance of the usual initialization.
+                let value = if norm { 1.0 } else { ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.07 };
+                file.write_all(&((value.to_bits() >> 16) as u16).to_le_bytes())?;
+            }
+        }
+        file.flush()?;
+        Ok(())
+    }
+}
