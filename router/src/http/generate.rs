@@ -25,7 +25,7 @@ use crate::validate::{Dialect, GenerationRequest, Prompt, SamplingParameters};
 /// Continues a prompt and answers when it is done.
 pub(super) async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
     metrics::record_request();
-    answer(&app, request, Mode::Whole).await.map_err(recorded)
+    answer(&app, request, Endpoint::Generate).await.map_err(recorded)
 }
 
 /// Continues a prompt and tells each token.
@@ -34,7 +34,15 @@ pub(super) async fn generate_stream(
     request: Request,
 ) -> Result<Response, TgiError> {
     metrics::record_request();
-    answer(&app, request, Mode::Stream).await.map_err(recorded)
+    answer(&app, request, Endpoint::GenerateStream).await.map_err(recorded)
+}
+
+/// The form of Hugging Face's inference API, which `huggingface_hub` and TGI's own client use: one of the two above by
+/// the field `stream`; the prompt is part of the text unless `return_full_text` is false, and an answer in one piece
+/// is a list of one.
+pub(super) async fn root(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
+    metrics::record_request();
+    answer(&app, request, Endpoint::Root).await.map_err(recorded)
 }
 
 fn recorded(error: RequestError) -> TgiError {
@@ -43,15 +51,38 @@ fn recorded(error: RequestError) -> TgiError {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
+enum Endpoint {
+    Generate,
+    GenerateStream,
+    Root,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Whole,
+    WholeInList,
     Stream,
 }
 
-async fn answer(app: &Arc<App>, request: Request, mode: Mode) -> Result<Response, RequestError> {
+impl Endpoint {
+    fn take_mode(self, fields: &mut Fields) -> Result<Mode, RequestError> {
+        let stream: Option<bool> = fields.take("stream")?;
+        Ok(match self {
+            // These two paths say it themselves.
+            Self::Generate => Mode::Whole,
+            Self::GenerateStream => Mode::Stream,
+            Self::Root if stream == Some(true) => Mode::Stream,
+            Self::Root => Mode::WholeInList,
+        })
+    }
+}
+
+async fn answer(app: &Arc<App>, request: Request, endpoint: Endpoint) -> Result<Response, RequestError> {
     let arrived = Instant::now();
     app.serving()?;
-    let TgiRequest { inputs, generation, report } = TgiRequest::take(Fields::read(request).await?)?;
+    let mut fields = Fields::read(request).await?;
+    let mode = endpoint.take_mode(&mut fields)?;
+    let TgiRequest { inputs, generation, report } = TgiRequest::take(fields, endpoint)?;
     if mode == Mode::Stream && report.details == Details::PromptAndOutput {
         let message = "`decoder_input_details` == true is not supported when streaming tokens";
         return Err(RequestError::invalid("decoder_input_details", message));
@@ -60,7 +91,14 @@ async fn answer(app: &Arc<App>, request: Request, mode: Mode) -> Result<Response
     let generation = app.generate(generation, arrived).await?;
     let full_text_before = if report.full_text { inputs } else { String::new() };
     match mode {
-        Mode::Whole => whole(app, report, full_text_before, input_characters, generation).await,
+        Mode::Whole => {
+            let (headers, body) = whole(app, report, full_text_before, input_characters, generation).await?;
+            Ok((headers, Json(body)).into_response())
+        }
+        Mode::WholeInList => {
+            let (headers, body) = whole(app, report, full_text_before, input_characters, generation).await?;
+            Ok((headers, Json([body])).into_response())
+        }
         Mode::Stream => stream(app, report, full_text_before, input_characters, generation).await,
     }
 }
@@ -88,7 +126,7 @@ enum Details {
 }
 
 impl TgiRequest {
-    fn take(mut fields: Fields) -> Result<Self, RequestError> {
+    fn take(mut fields: Fields, endpoint: Endpoint) -> Result<Self, RequestError> {
         let inputs: String = fields.require("inputs")?;
         let given = fields.object("parameters")?;
         // TGI samples where no parameters are given at all.
@@ -129,7 +167,7 @@ impl TgiRequest {
                 Some(false) | None => Details::None,
             },
             top_tokens: top_n_tokens > 0,
-            full_text: parameters.take("return_full_text")?.unwrap_or(false),
+            full_text: parameters.take("return_full_text")?.unwrap_or(endpoint == Endpoint::Root),
         };
         let generation = GenerationRequest {
             prompt: Prompt::Texts(vec![inputs.clone()]),
@@ -144,8 +182,6 @@ impl TgiRequest {
             truncate: parameters.take("truncate")?,
         };
         parameters.finish();
-        // What `/` needs to know; these two paths say it themselves.
-        fields.without_effect(&["stream"]);
         fields.finish();
         Ok(Self { inputs, generation, report })
     }
@@ -206,7 +242,7 @@ async fn whole(
     full_text_before: String,
     input_characters: usize,
     mut generation: Generation,
-) -> Result<Response, RequestError> {
+) -> Result<(HeaderMap, Whole), RequestError> {
     let sequence = generation.sequences.remove(0);
     let (arrived, validation) = (generation.arrived, generation.validation_time);
     let generated = generation.collect().await?.remove(0);
@@ -216,7 +252,7 @@ async fn whole(
     let mut headers = time_headers(&times, sequence.prompt.len(), &generated);
     headers.extend(compute_headers(app, input_characters));
     let body = Whole { generated_text: full_text_before + &generated.text, details };
-    Ok((headers, Json(body)).into_response())
+    Ok((headers, body))
 }
 
 #[derive(Serialize)]

@@ -37,6 +37,7 @@ pub(crate) fn routes(app: Arc<App>) -> Router {
         // TGI's API.
         .route("/generate", post(generate::generate))
         .route("/generate_stream", post(generate::generate_stream))
+        .route("/", post(generate::root))
         .route("/info", get(info::info))
         // For operators.
         .route("/health", get(health::health))

@@ -422,6 +422,17 @@ async fn generate_stream_tells_each_token_and_the_text_at_the_end() {
 }
 
 #[tokio::test]
+async fn the_root_answers_as_hugging_faces_inference_api() {
+    let fixture = serving(&["ok", "ok", "ok"]);
+    let (_, answer) = fixture.answer("/", &json!({"inputs": "ab"})).await;
+    assert_eq!(answer, json!([{"generated_text": "abok"}]));
+    let short = json!({"inputs": "ab", "parameters": {"return_full_text": false}, "stream": false});
+    assert_eq!(fixture.answer("/", &short).await.1, json!([{"generated_text": "ok"}]));
+    let frames = frames_of(fixture.post("/", &json!({"inputs": "ab", "stream": true})).await).await;
+    assert_eq!(frames.last().unwrap()["generated_text"], "abok");
+}
+
+#[tokio::test]
 async fn errors_have_their_status_and_the_apis_form() {
     let check = async |path: &str, body: &Value, status: StatusCode, part: &str| {
         let (given, answer) = serving(&[]).answer(path, body).await;
