@@ -47,8 +47,9 @@ fn run_directory(stack: &Stack) -> PathBuf {
     Path::new(&settings).parent().expect("a directory").to_owned()
 }
 
+/// Half a second of work and more.
 fn long_stream() -> Value {
-    json!({"prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": true, "stream": true})
+    json!({"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": true, "stream": true})
 }
 
 #[tokio::test]
