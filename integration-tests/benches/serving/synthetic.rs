@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 /// A Llama-architecture shape, weights in bf16.
-pub struct Shape {
-    pub name: &'static str,
-    pub hidden: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub ffn: usize,
-    pub vocab: usize,
-    pub tied: bool,
+pub(crate) struct Shape {
+    pub(crate) name: &'static str,
+    pub(crate) hidden: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) ffn: usize,
+    pub(crate) vocab: usize,
+    pub(crate) tied: bool,
 }
 
 /// The shape of SmolLM2-135M.
-pub const SMOLLM2_135M: Shape = Shape {
+pub(crate) const SMOLLM2_135M: Shape = Shape {
     name: "SmolLM2-135M shape",
     hidden: 576,
     layers: 30,
@@ -31,7 +31,7 @@ pub const SMOLLM2_135M: Shape = Shape {
 };
 
 /// The shape of TinyLlama-1.1B.
-pub const TINYLLAMA_1B: Shape = Shape {
+pub(crate) const TINYLLAMA_1B: Shape = Shape {
     name: "TinyLlama-1.1B shape",
     hidden: 2048,
     layers: 22,
@@ -69,14 +69,14 @@ impl Shape {
     }
 
     /// Bytes of weights that a decode step reads: all but an untied embedding table, of which it reads single rows.
-    pub fn bytes_per_step(&self) -> usize {
+    pub(crate) fn bytes_per_step(&self) -> usize {
         let elements: usize = self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let embedding = if self.tied { 0 } else { self.vocab * self.hidden };
         (elements - embedding) * 2
     }
 
     /// Writes the checkpoint below `parent` (once) with the tokenizer of `tokenizer_from`, and returns its directory.
-    pub fn write(&self, parent: &Path, tokenizer_from: &Path) -> anyhow::Result<PathBuf> {
+    pub(crate) fn write(&self, parent: &Path, tokenizer_from: &Path) -> anyhow::Result<PathBuf> {
         let directory = parent.join(self.name.replace(' ', "-"));
         if directory.join("complete").exists() {
             return Ok(directory);
