@@ -28,6 +28,10 @@ const ROUTER_STOP_MARGIN: Duration = Duration::from_secs(5);
 /// What the shards are given to end once the router is gone: they have no work left.
 const SHARDS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long deaths are collected before they are told. A process's sockets close before its end can be seen, so a router
+/// that gives up because its shard crashed may be seen to end first; the cause is to be told with it.
+const DEATHS_WINDOW: Duration = Duration::from_millis(500);
+
 /// What the others are given once a child has died: nothing can be finished without it.
 const FAILURE_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -102,6 +106,11 @@ enum Phase {
         step: Pin<Box<dyn Future<Output = Event>>>,
     },
     Serving,
+    /// A child died; others may have died of the same cause.
+    Dying {
+        exits: Vec<Exit>,
+        deadline: Instant,
+    },
     /// The router finishes its requests.
     Draining {
         deadline: Instant,
@@ -170,6 +179,7 @@ impl Supervisor {
             let event = self.select().await;
             self.apply(event).await?;
         }
+        self.report_deaths();
         match self.outcome {
             Outcome::Stopped => info!("stopped"),
             Outcome::Failed => error!("stopped after a failure"),
@@ -181,7 +191,9 @@ impl Supervisor {
         let Self { phase, exits, signals, progress, .. } = self;
         let (mut step, deadline) = match phase {
             Phase::Starting { step, .. } => (Some(step), None),
-            Phase::Draining { deadline } | Phase::Stopping { deadline } => (None, Some(*deadline)),
+            Phase::Dying { deadline, .. } | Phase::Draining { deadline } | Phase::Stopping { deadline } => {
+                (None, Some(*deadline))
+            }
             Phase::Serving | Phase::Killing => (None, None),
         };
         let is_starting = step.is_some();
@@ -220,9 +232,15 @@ impl Supervisor {
                     info!(seconds = self.started.elapsed().as_secs(), "waiting for {waits_for}");
                 }
             }
-            Event::Exited(exit) => self.one_exited(&exit),
+            Event::Exited(exit) => self.one_exited(exit),
             Event::AskedToStop(signal) => self.stop(signal),
-            Event::DeadlinePassed => self.kill("did not end in time and was killed"),
+            Event::DeadlinePassed => match self.phase {
+                Phase::Dying { .. } => {
+                    self.report_deaths();
+                    self.stop_all(FAILURE_STOP_TIMEOUT);
+                }
+                _ => self.kill("did not end in time and was killed"),
+            },
         }
         Ok(())
     }
@@ -244,9 +262,9 @@ impl Supervisor {
         Ok(())
     }
 
-    fn one_exited(&mut self, exit: &Exit) {
+    fn one_exited(&mut self, exit: Exit) {
         self.running.remove(&exit.name);
-        match self.phase {
+        match &mut self.phase {
             Phase::Draining { .. } if exit.name == self.router_name => {
                 if !exit.status.success() {
                     self.outcome = Outcome::Failed;
@@ -256,10 +274,18 @@ impl Supervisor {
             }
             Phase::Starting { .. } | Phase::Serving | Phase::Draining { .. } => {
                 self.outcome = Outcome::Failed;
-                report_death(exit);
-                self.stop_all(FAILURE_STOP_TIMEOUT);
+                self.phase = Phase::Dying { exits: vec![exit], deadline: Instant::now() + DEATHS_WINDOW };
             }
+            Phase::Dying { exits, .. } => exits.push(exit),
             Phase::Stopping { .. } | Phase::Killing => {}
+        }
+    }
+
+    /// Tells who died: shards before the router, which dies of theirs.
+    fn report_deaths(&mut self) {
+        if let Phase::Dying { exits, .. } = &mut self.phase {
+            exits.sort_by_key(|exit| exit.name == self.router_name);
+            exits.drain(..).for_each(|exit| report_death(&exit));
         }
     }
 
@@ -275,6 +301,10 @@ impl Supervisor {
                     info!("{signal} before the start was complete");
                     self.stop_all(SHARDS_STOP_TIMEOUT);
                 }
+            }
+            Phase::Dying { .. } => {
+                self.report_deaths();
+                self.stop_all(FAILURE_STOP_TIMEOUT);
             }
             Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Killing => {
                 self.kill("is killed at the second signal");
