@@ -63,9 +63,13 @@ macro_rules! element {
 element!(f32 => F32, f16 => F16, bf16 => BF16, u32 => U32);
 
 enum Storage {
-    /// 64-byte aligned, zeroed at first.
+    /// Zeroed at first.
     Owned {
+        /// The first of `size` bytes, 64-byte aligned.
         ptr: *mut u8,
+        size: usize,
+        /// What was allocated, with `layout`; `ptr` lies up to `ALIGNMENT - 1` bytes behind it.
+        base: *mut u8,
         layout: std::alloc::Layout,
     },
     Mapped(Arc<MappedFile>),
@@ -77,7 +81,24 @@ unsafe impl Send for Storage {}
 // SAFETY: as above.
 unsafe impl Sync for Storage {}
 
+/// Of owned memory, in bytes: a cache line, and the widest vector.
+const ALIGNMENT: usize = 64;
+
 impl Storage {
+    /// Asks for an alignment that `malloc` gives anyway and aligns by hand. For more, Rust's allocator would write the
+    /// zeros itself, and a KV cache would take its memory at once instead of when blocks are first used.
+    fn zeros(size: usize) -> Self {
+        let layout =
+            std::alloc::Layout::from_size_align(size + ALIGNMENT, 16).expect("size fits the address space");
+        // SAFETY: the layout has a non-zero size.
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        if base.is_null() {
+            std::alloc::handle_alloc_error(layout)
+        }
+        // SAFETY: an offset below `ALIGNMENT` leaves `size` bytes behind it.
+        let ptr = unsafe { base.add(base.align_offset(ALIGNMENT)) };
+        Storage::Owned { ptr, size, base, layout }
+    }
     fn ptr(&self) -> *const u8 {
         match self {
             Storage::Owned { ptr, .. } => *ptr,
@@ -86,7 +107,7 @@ impl Storage {
     }
     fn len(&self) -> usize {
         match self {
-            Storage::Owned { layout, .. } => layout.size(),
+            Storage::Owned { size, .. } => *size,
             Storage::Mapped(map) => map.bytes().len(),
         }
     }
@@ -94,9 +115,9 @@ impl Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        if let Storage::Owned { ptr, layout } = self {
-            // SAFETY: allocated in `Tensor::zeros` with this layout and not freed before.
-            unsafe { std::alloc::dealloc(*ptr, *layout) }
+        if let Storage::Owned { base, layout, .. } = self {
+            // SAFETY: allocated in `Storage::zeros` with this layout and not freed before.
+            unsafe { std::alloc::dealloc(*base, *layout) }
         }
     }
 }
@@ -123,21 +144,8 @@ impl std::fmt::Debug for Tensor {
 impl Tensor {
     /// Zeroed memory of its own. The system gives the pages when they are first touched.
     pub fn zeros(rows: usize, cols: usize, dtype: DType) -> Self {
-        let size = (rows * cols * dtype.size_in_bytes()).max(64);
-        let layout = std::alloc::Layout::from_size_align(size, 64).expect("size fits the address space");
-        // SAFETY: the layout has a non-zero size.
-        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
-        if ptr.is_null() {
-            std::alloc::handle_alloc_error(layout)
-        }
-        Self {
-            storage: Arc::new(Storage::Owned { ptr, layout }),
-            offset: 0,
-            dtype,
-            rows,
-            cols,
-            row_stride: cols,
-        }
+        let size = rows * cols * dtype.size_in_bytes();
+        Self { storage: Arc::new(Storage::zeros(size)), offset: 0, dtype, rows, cols, row_stride: cols }
     }
 
     /// A copy of `data`, row by row.
