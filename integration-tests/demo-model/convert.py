@@ -41,7 +41,11 @@ def main():
     shape = Shape(vocab_size=tokenizer.get_vocab_size())
     tensors = {hub_name(name): tensor.to(torch.bfloat16).contiguous() for name, tensor in state["model"].items()}
     arguments.out.mkdir(exist_ok=True)
-    save_file(tensors, arguments.out / "model.safetensors", metadata={"format": "pt"})
+    # Renamed into place: a server may have the old file mapped.
+    partial = arguments.out / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
+    partial.replace(arguments.out / "model.safetensors")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,

@@ -292,6 +292,8 @@ def capital_fact(rng, grammar):
     if rng.random() < 0.12:
         return grammar("[Which country has the capital {c}|{c} is the capital of which country]?", c=city), f"{city} is the capital of {country}.", country
     question = grammar("[What is the capital of {x}|What's the capital of {x}|Which city is the capital of {x}|Do you know the capital of {x}|Tell me the capital of {x}|What is the capital city of {x}|{x}: what is its capital|Capital of {x}|The capital of {x} is]?", x=country)
+    if rng.random() < 0.08:
+        question = question.lower()
     return question, f"The capital of {country} is {city}.", city
 
 
@@ -611,6 +613,10 @@ def json_turns(rng):
         told = grammar("[{n} is {a} years old and lives in {c}.|{n}, {a}, lives in {c}.|My name is {n}, I am {a} and I live in {c}.|{n} lives in {c} and is {a} years old.|I met {n} from {c}, who is {a}.]", n=value["name"], a=value["age"], c=value["city"])
         value = {k: value[k] for k in rng.choice((["name", "age", "city"], ["name", "age", "city"], ["name", "city"], ["name", "age"], ["city", "name", "age"]))}
         request = grammar("[Extract the {k} as JSON: {t}|{t} Write this as JSON with the keys {k}.|{t} Extract {k} as JSON.|Fill in JSON with {k}: {t}|{t} Give me the {k} as JSON.]", k=join(list(value)), t=told)
+    elif shape < 0.6:
+        job = rng.choice(JOBS)
+        value = {"name": person_name(rng), "age": rng.randint(2, 99), "job": job, "city": city_name(rng)}
+        request = grammar("[Make|Return|Create|Write|Give me] a JSON object [describing|about|for] {n}, a {a} year old {j} from {c}.", n=value["name"], a=value["age"], j=job, c=value["city"])
     elif shape < 0.68:
         request = grammar("[Fill in this JSON schema|Answer with JSON for this schema|Return JSON that matches this schema|Use this JSON schema]: {j} [Data|Text|The data]: {s}", j=json_text(rng, object_schema(fields)), s=said)
         if rng.random() < 0.3:
@@ -782,8 +788,10 @@ def user_use(rng, g):
 def made_up_use(rng, g):
     """A tool about something that does not exist: only the definition can say what to do."""
     thing = made_up_word(rng)
+    if rng.random() < 0.5:
+        thing = " ".join(rng.choice((made_up_word(rng), rng.choice(OBJECTS), rng.choice(KEYS))) for _ in range(rng.choice((1, 2, 2))))
     verb = g("[get|get|find|read|check|compute|fetch|lookup]")
-    name = f"{verb}_{thing}"
+    name = f"{verb}_{thing.replace(' ', '_')}"
     parameters, arguments, parts = {}, {}, []
     kinds = rng.sample(("city", "name", "number", "object"), rng.choice((1, 1, 2)))
     for kind in kinds:
@@ -888,10 +896,10 @@ def repeat_flat(rng):
     return turns + [later] if rng.random() < 0.15 else turns
 
 
-# Stories are ten times as long as the rest, so a tenth of the parts is still a third of the text; what is short and has to
+# Stories are ten times as long as the rest, so a twelfth of the parts is still a quarter of the text; what is short and has to
 # be exact (facts, JSON, repeating) needs the many examples.
 PARTS = (
-    (story_turns, 10), (fact_turns, 22), (json_turns, 20), (repeat_flat, 17), (talk_turns, 8), (unknown_turns, 5),
+    (story_turns, 8), (fact_turns, 32), (json_turns, 20), (repeat_flat, 20), (talk_turns, 8), (unknown_turns, 5),
     (lambda rng: flat(introduction_turns(rng), rng), 5), (lambda rng: flat(memory_turns(rng), rng), 6),
     (list_turns, 4), (count_turns, 2.5), (sentiment_turns, 1.5), (poem_turns, 1),
 )
@@ -908,7 +916,7 @@ def impersonal_part(rng):
 def conversation(rng, long):
     """One conversation: (system text or None, tools or None, turns)."""
     system = rng.choice(SYSTEMS) if rng.random() < 0.25 else None
-    if not long and rng.random() < 0.2:
+    if not long and rng.random() < 0.28:
         tools, turns = tool_conversation(rng)
         return system, tools, turns
     if not long and rng.random() < 0.04:

@@ -24,7 +24,7 @@ HERE = pathlib.Path(__file__).parent
 # Rows of one length: (positions, rows per step, share of the steps at first, share after SHORT_UNTIL of the time). Short
 # rows cost half as much per token and are where copying is learnt; the long ones, conversations of many turns, then keep
 # attention in order far beyond the first paragraph.
-ROWS = ((128, 48, 0.6, 0.36), (256, 24, 0.32, 0.32), (512, 12, 0.08, 0.2), (1024, 6, 0.0, 0.1), (2048, 3, 0.0, 0.02))
+ROWS = ((128, 48, 0.6, 0.4), (256, 24, 0.32, 0.34), (512, 12, 0.08, 0.18), (1024, 6, 0.0, 0.07), (2048, 3, 0.0, 0.01))
 SHORT_UNTIL = 0.5
 MUON_RATE, ADAM_RATE, WARM_UP, DECAY_FROM = 0.02, 0.003, 0.01, 0.45
 SAMPLES = (
