@@ -1,7 +1,7 @@
 //! The committed generated code is what the `.proto` files say, so that nobody needs a generator to build.
 
 #[path = "../examples/generate.rs"]
-#[allow(dead_code, reason = "only the function is used, not the example's main")]
+#[expect(dead_code, reason = "only the function is used, not the example's main")]
 mod generate;
 
 use std::path::Path;
