@@ -182,7 +182,7 @@ fn what_cannot_be_started_is_told_with_the_remedy() {
     };
     check(&["--num-shard", "0"], 2, &["--num-shard"]);
     check(&["--max-batch-size", "none"], 2, &["--max-batch-size"]);
-    check(&["--model-id", "org/name"], 1, &["org/name", "huggingface-cli download"]);
+    check(&["--model-id", "org/name"], 1, &["org/name", "hf download"]);
     check(&["--model-id", "/no/such/model"], 1, &["/no/such/model"]);
     // Four heads do not divide by three.
     check(&["--model-id", llama, "--num-shard", "3"], 1, &["shard-", "3"]);

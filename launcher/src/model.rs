@@ -34,7 +34,7 @@ pub(crate) struct Model {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModelError {
     #[error(
-        "--model-id {id}: there is no such directory. Models are not downloaded yet: run `huggingface-cli download {id} \
+        "--model-id {id}: there is no such directory. Models are not downloaded yet: run `hf download {id} \
          --local-dir DIR` and give --model-id DIR"
     )]
     NotLocal { id: String },
@@ -110,7 +110,7 @@ mod tests {
             let error = resolve(Some(id), empty.path()).unwrap_err().to_string();
             assert!(error.contains(expected), "{id}: {error}");
         };
-        check("org/name", "huggingface-cli download org/name");
+        check("org/name", "hf download org/name");
         check("/no/such/directory", "there is no such directory");
         check("./name", "there is no such directory");
         check(empty.path().to_str().unwrap(), "config.json is not in it");
