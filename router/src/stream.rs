@@ -128,7 +128,7 @@ impl GenerationStream {
     pub(crate) async fn next(&mut self) -> Option<GenerationEvent> {
         loop {
             match self.events.as_mut()?.next().await {
-                Some(TokenEvent::Started { queue_time }) => self.queue_time = queue_time,
+                Some(TokenEvent::Started { queue_time, .. }) => self.queue_time = queue_time,
                 Some(TokenEvent::Prompt(tokens)) => return Some(GenerationEvent::Prompt(tokens)),
                 Some(TokenEvent::Token { token, end }) => return Some(self.token(token, end)),
                 Some(TokenEvent::Failed(failure)) => return Some(self.fail(failure)),
@@ -230,7 +230,7 @@ pub(crate) mod tests {
 
     /// Events of a sequence with these tokens.
     pub(crate) fn events(ids: &[u32], end: EndReason) -> Vec<TokenEvent> {
-        let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(2) }];
+        let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(2), cached_tokens: 0 }];
         for (at, id) in ids.iter().enumerate() {
             let token = Token {
                 id: TokenId(*id),

@@ -64,7 +64,7 @@ fn token(id: u32, end: Option<EndReason>) -> TokenEvent {
 
 /// The bytes of `text`, then the end of the sequence.
 fn says(text: &str) -> Vec<TokenEvent> {
-    let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(3) }];
+    let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(3), cached_tokens: 0 }];
     events.extend(text.bytes().map(|byte| token(u32::from(byte), None)));
     events.push(token(EOS, Some(EndReason::Eos)));
     events
@@ -565,7 +565,10 @@ async fn overload_and_drain_are_told_with_when_to_try_again() {
 #[tokio::test]
 async fn a_failure_before_the_first_token_has_its_status() {
     let failing = |failure: Failure| {
-        let events = vec![TokenEvent::Started { queue_time: Duration::ZERO }, TokenEvent::Failed(failure)];
+        let events = vec![
+            TokenEvent::Started { queue_time: Duration::ZERO, cached_tokens: 0 },
+            TokenEvent::Failed(failure),
+        ];
         with_script(Script { answers: Mutex::new([events].into()), ..Default::default() })
     };
     let check = async |path: &str, status: StatusCode| {

@@ -61,7 +61,7 @@ impl Entry {
         if !std::mem::replace(&mut self.started, true) {
             let queue_time = now.saturating_duration_since(self.submitted_at);
             metrics::record_request_started(queue_time, self.request.prompt.len());
-            self.events.send(TokenEvent::Started { queue_time });
+            self.events.send(TokenEvent::Started { queue_time, cached_tokens: 0 });
         }
     }
 

@@ -20,7 +20,9 @@ mod token_stream;
 mod tests;
 
 pub use handle::{SchedulerHandle, Status};
-pub use request::{EndReason, Failure, Sampling, SubmitError, Token, TokenEvent, TokenRequest};
+pub use request::{
+    CacheNamespace, EndReason, Failure, Sampling, Standing, SubmitError, Token, TokenEvent, TokenRequest,
+};
 pub use start::{ServingInfo, StartError, StartPhase, start};
 pub use token_stream::TokenStream;
 

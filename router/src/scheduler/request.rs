@@ -1,5 +1,8 @@
 //! What the scheduler takes and gives: token ids and numbers only, no text.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use proto::units::TokenId;
 
 /// A request as the scheduler sees it. It exists only if it can be served: prompt and `max_new_tokens` together fit
@@ -18,6 +21,40 @@ pub struct TokenRequest {
     pub top_n_tokens: u32,
     /// Whether log-probabilities of the prompt's tokens are reported.
     pub prompt_logprobs: bool,
+    /// Where it stands among others.
+    pub standing: Standing,
+    /// Which cached prefixes it may use.
+    pub cache_namespace: CacheNamespace,
+}
+
+/// Where a request stands among others.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// Lower goes first; 0 is usual. Named classes are constants of this type.
+    pub priority: i32,
+    /// Whom its tokens are charged to when they are shared out fairly. Requests without one share one account.
+    pub account: Option<Arc<str>>,
+    /// Longest time from submission to the end.
+    pub timeout: Option<Duration>,
+}
+
+impl Standing {
+    /// Someone waits for each token.
+    pub const PRIORITY_INTERACTIVE: i32 = -100;
+    /// Nothing was said.
+    pub const PRIORITY_DEFAULT: i32 = 0;
+    /// Nobody waits.
+    pub const PRIORITY_BATCH: i32 = 100;
+}
+
+/// Requests share cached blocks only within one namespace: keys and values depend on the adapter, and who measures how
+/// fast a prompt is answered must not learn another tenant's prompts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct CacheNamespace {
+    /// The adapter that changes the model's weights.
+    pub adapter: Option<Arc<str>>,
+    /// What keeps tenants apart.
+    pub salt: Option<Arc<str>>,
 }
 
 /// How the next token is chosen; fields and ranges as in `SamplingParameters` of `shard.proto`.
@@ -71,7 +108,9 @@ pub enum TokenEvent {
     /// The request left the queue after this time.
     Started {
         /// From submission to the first step.
-        queue_time: std::time::Duration,
+        queue_time: Duration,
+        /// Tokens of the prompt whose keys and values came from the prefix cache.
+        cached_tokens: usize,
     },
     /// Prompt tokens from the second one on, in order, in one or several events, before the first `Token`.
     Prompt(Vec<Token>),
@@ -97,6 +136,24 @@ pub enum Failure {
         "the model produced logits that are not finite: the checkpoint or the chosen dtype is broken for this input"
     )]
     InvalidLogits,
+    /// Its deadline passed in the queue: nothing was computed.
+    #[error(
+        "the request waited {} ms, as long as its timeout allows, and was not begun: send it again, or raise timeout",
+        timeout.as_millis()
+    )]
+    QueueTimeout {
+        /// As asked.
+        timeout: Duration,
+    },
+    /// Its deadline passed while it was being computed.
+    #[error(
+        "the request was not finished within its timeout of {} ms: raise timeout, or ask for fewer tokens",
+        timeout.as_millis()
+    )]
+    Timeout {
+        /// As asked.
+        timeout: Duration,
+    },
     /// The router shut down before the request was finished.
     #[error("the server shut down before the request was finished; send it again")]
     ShuttingDown,

@@ -17,8 +17,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{ShardError, ShardGroup, connect};
 use crate::config::RouterConfig;
 use crate::scheduler::{
-    self, EndReason, Failure, NewSequence, Outcome, Sampling, Scheduled, SchedulerHandle, ServingInfo,
-    StartError, StartPhase, Step, TokenEvent, TokenRequest,
+    self, CacheNamespace, EndReason, Failure, NewSequence, Outcome, Sampling, Scheduled, SchedulerHandle,
+    ServingInfo, Standing, StartError, StartPhase, Step, TokenEvent, TokenRequest,
 };
 
 const VOCAB_SIZE: u32 = 100;
@@ -219,6 +219,8 @@ fn request(prompt_tokens: u32, max_new_tokens: u32) -> TokenRequest {
         ignore_eos: true,
         top_n_tokens: 2,
         prompt_logprobs: false,
+        standing: Standing::default(),
+        cache_namespace: CacheNamespace::default(),
     }
 }
 

@@ -11,7 +11,7 @@ pub(crate) use limits::Limits;
 pub(crate) use sampling::{Dialect, SamplingParameters};
 
 use crate::error::RequestError;
-use crate::scheduler::{SubmitError, TokenRequest};
+use crate::scheduler::{CacheNamespace, Standing, SubmitError, TokenRequest};
 use crate::text::chat_template::{ChatTemplate, Conversation};
 use crate::text::stop_strings::{StopStrings, StopText};
 use crate::text::text_workers::{QueueFull, TextWorkers};
@@ -107,6 +107,8 @@ impl Validator {
                     ignore_eos: request.ignore_eos,
                     top_n_tokens: request.top_n_tokens,
                     prompt_logprobs: request.prompt_logprobs,
+                    standing: Standing::default(),
+                    cache_namespace: CacheNamespace::default(),
                 });
             }
         }

@@ -10,7 +10,9 @@ use tokio::sync::mpsc;
 use super::model_shard::{ModelShard, Transcript};
 use crate::scheduler::batch::{Budget, Step};
 use crate::scheduler::handle::SchedulerHandle;
-use crate::scheduler::request::{Failure, Sampling, SubmitError, TokenEvent, TokenRequest};
+use crate::scheduler::request::{
+    CacheNamespace, Failure, Sampling, Standing, SubmitError, TokenEvent, TokenRequest,
+};
 use crate::scheduler::state::{Event, Limits, Scheduler};
 use crate::scheduler::token_stream::TokenStream;
 
@@ -43,6 +45,8 @@ pub(super) fn request(first: u32, prompt_tokens: usize, max_new_tokens: u32) -> 
         ignore_eos: true,
         top_n_tokens: 1,
         prompt_logprobs: false,
+        standing: Standing::default(),
+        cache_namespace: CacheNamespace::default(),
     }
 }
 

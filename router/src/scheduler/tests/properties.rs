@@ -6,7 +6,7 @@ use proto::units::TokenId;
 use super::house::{House, Reader, SAMPLING};
 use super::model_shard::{POISON, alone};
 use crate::scheduler::batch::Budget;
-use crate::scheduler::request::{Failure, TokenRequest};
+use crate::scheduler::request::{CacheNamespace, Failure, Standing, TokenRequest};
 use crate::scheduler::state::{Event, Limits};
 
 #[derive(Debug, Clone)]
@@ -44,6 +44,8 @@ fn token_request() -> impl Strategy<Value = TokenRequest> {
                 ignore_eos,
                 top_n_tokens: 1,
                 prompt_logprobs,
+                standing: Standing::default(),
+                cache_namespace: CacheNamespace::default(),
             }
         },
     )
