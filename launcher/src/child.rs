@@ -113,6 +113,13 @@ mod tests {
             max_batch_prefill_tokens: None,
             max_batch_total_tokens: None,
             max_batch_size: None,
+            steps_in_flight: Some(2),
+            prefix_caching: false,
+            target_itl_ms: None,
+            max_waiting_tokens: None,
+            waiting_served_ratio: None,
+            priority_ageing_ms: 50,
+            request_timeout: Some(2.5),
             json_output: true,
             log_level: "info".to_owned(),
             graceful_termination_timeout: 3,
@@ -128,6 +135,7 @@ mod tests {
         assert_eq!(launcher_pid, std::process::id() as i32);
         let ChildSettings::Router { config, placement } = child else { panic!("not a router") };
         assert_eq!((config.max_total_tokens, config.max_concurrent_requests), (Some(99), 7));
+        assert_eq!((config.prefix_caching, config.request_timeout), (false, Some(2.5)));
         assert_eq!(placement.model_name.as_deref(), Some("tiny"));
     }
 

@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::Args;
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args};
 use serde::{Deserialize, Serialize};
 
 /// Settings of the router. Flags and environment variables have the names that TGI gave them.
@@ -42,6 +44,47 @@ pub struct RouterConfig {
     #[arg(long, env = "MAX_BATCH_SIZE", value_parser = at_least_one)]
     pub max_batch_size: Option<usize>,
 
+    /// Steps that may be on their way to the shards at once, 1 or 2. With 2 the shards have the next step when they
+    /// finish one; the tokens are the same [default: 1 on a CPU, whose cores plan the next step themselves; 2 on a GPU]
+    #[arg(long, env = "STEPS_IN_FLIGHT", value_parser = steps_in_flight)]
+    pub steps_in_flight: Option<usize>,
+
+    /// Share computed KV blocks between requests that begin alike (true or false). The tokens are the same; turn it off
+    /// where not even timing may tell that a prompt was seen before
+    #[arg(
+        long,
+        env = "PREFIX_CACHING",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 1,
+        value_parser = BoolishValueParser::new()
+    )]
+    pub prefix_caching: bool,
+
+    /// Milliseconds between two tokens of a running stream that are to be held: prompts are computed in chunks so small
+    /// that a step, as measured, takes no longer. The first token of long prompts then comes later [default: off]
+    #[arg(long, env = "TARGET_ITL_MS", value_parser = at_least_one)]
+    pub target_itl_ms: Option<usize>,
+
+    /// Most steps for which waiting requests stay behind running ones, see --waiting-served-ratio [default: 20]
+    #[arg(long, env = "MAX_WAITING_TOKENS", value_parser = at_least_one)]
+    pub max_waiting_tokens: Option<usize>,
+
+    /// Let waiting requests in only when they are so many times the running ones, or have waited --max-waiting-tokens
+    /// steps [default: off]
+    #[arg(long, env = "WAITING_SERVED_RATIO", value_parser = ratio)]
+    pub waiting_served_ratio: Option<f64>,
+
+    /// Milliseconds of waiting that are worth one unit of `priority`: a request that waits catches up with those of a
+    /// better priority. Lower it where background requests wait too long, raise it where they get in the way
+    #[arg(long, env = "PRIORITY_AGEING_MS", default_value_t = 100, value_parser = at_least_one)]
+    pub priority_ageing_ms: usize,
+
+    /// Seconds that a request may take, waiting included; it may be a fraction, and a request can ask for less with
+    /// `timeout` [default: no limit]
+    #[arg(long, env = "REQUEST_TIMEOUT", value_parser = timeout_seconds)]
+    pub request_timeout: Option<f64>,
+
     /// Log lines as JSON objects
     #[arg(long, env = "JSON_OUTPUT")]
     pub json_output: bool,
@@ -53,6 +96,23 @@ pub struct RouterConfig {
     /// Seconds that running requests are given to finish after SIGTERM or SIGINT
     #[arg(long, short, env = "GRACEFUL_TERMINATION_TIMEOUT", default_value_t = 90)]
     pub graceful_termination_timeout: u64,
+}
+
+/// Longest time that a request may be given: a day.
+pub(crate) const MAX_TIMEOUT: Duration = Duration::from_hours(24);
+
+impl RouterConfig {
+    /// `--request-timeout`.
+    #[must_use]
+    pub fn request_timeout(&self) -> Option<Duration> {
+        self.request_timeout.and_then(timeout)
+    }
+}
+
+/// A time that a request may take, if it is one: above 0, and a day at most.
+pub(crate) fn timeout(seconds: f64) -> Option<Duration> {
+    let duration = Duration::try_from_secs_f64(seconds).ok()?;
+    (duration > Duration::ZERO && duration <= MAX_TIMEOUT).then_some(duration)
 }
 
 /// What the router must be told about its surroundings: set by the launcher, or by hand when started alone.
@@ -83,6 +143,28 @@ fn at_least_one(value: &str) -> Result<usize, String> {
     }
 }
 
+fn steps_in_flight(value: &str) -> Result<usize, String> {
+    match value.parse() {
+        Ok(steps @ 1..=2) => Ok(steps),
+        _ => Err("must be 1 or 2".to_owned()),
+    }
+}
+
+fn ratio(value: &str) -> Result<f64, String> {
+    match value.parse::<f64>() {
+        Ok(ratio) if ratio.is_finite() && ratio >= 0.0 => Ok(ratio),
+        _ => Err("must be a number >= 0".to_owned()),
+    }
+}
+
+fn timeout_seconds(value: &str) -> Result<f64, String> {
+    value
+        .parse()
+        .ok()
+        .filter(|seconds| timeout(*seconds).is_some())
+        .ok_or_else(|| format!("must be a number of seconds, > 0 and <= {}", MAX_TIMEOUT.as_secs()))
+}
+
 fn parse_hostname(value: &str) -> Result<IpAddr, String> {
     match value {
         "localhost" => Ok(IpAddr::from([127, 0, 0, 1])),
@@ -91,5 +173,56 @@ fn parse_hostname(value: &str) -> Result<IpAddr, String> {
                 "{value:?} is not an IP address: give the address of an interface, or 0.0.0.0 for all of them"
             )
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        config: RouterConfig,
+    }
+
+    fn config(line: &str) -> Result<RouterConfig, clap::Error> {
+        Ok(Cli::try_parse_from(line.split_whitespace())?.config)
+    }
+
+    #[test]
+    fn prefix_caching_is_on_until_it_is_turned_off() {
+        assert!(config("router").unwrap().prefix_caching);
+        for (value, on) in [("true", true), ("false", false), ("1", true), ("0", false)] {
+            assert_eq!(config(&format!("router --prefix-caching {value}")).unwrap().prefix_caching, on);
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_a_number_of_seconds_within_a_day() {
+        let timeout =
+            |value: &str| Ok::<_, clap::Error>(config(&format!("router {value}"))?.request_timeout());
+        assert_eq!(timeout("").unwrap(), None);
+        assert_eq!(timeout("--request-timeout 2.5").unwrap(), Some(Duration::from_millis(2500)));
+        for value in ["0", "1e-12", "-1", "nan", "inf", "86401", "soon"] {
+            let error = timeout(&format!("--request-timeout={value}")).unwrap_err().to_string();
+            assert!(error.contains("--request-timeout") && error.contains("86400"), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_with_the_flag_and_the_range() {
+        let check = |line: &str, parts: [&str; 2]| {
+            let error = config(&format!("router {line}")).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        };
+        check("--steps-in-flight 3", ["--steps-in-flight", "1 or 2"]);
+        check("--steps-in-flight 0", ["--steps-in-flight", "1 or 2"]);
+        check("--priority-ageing-ms 0", ["--priority-ageing-ms", "at least 1"]);
+        check("--target-itl-ms 0", ["--target-itl-ms", "at least 1"]);
+        check("--waiting-served-ratio=-1", ["--waiting-served-ratio", ">= 0"]);
+        check("--prefix-caching maybe", ["--prefix-caching", "maybe"]);
     }
 }
