@@ -1,9 +1,13 @@
 //! Every metric's name, in one place, with what it means. Names that TGI has keep its name and meaning, so that its
 //! dashboards go on working; the others begin with `lamplighter_`. Durations are in seconds.
 
-use std::time::Duration;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Requests that wait for their first step, or for another one after a preemption.
@@ -40,6 +44,17 @@ pub(crate) const PREEMPTIONS: &str = "lamplighter_preemptions";
 pub(crate) const PROMPT_TOKENS: &str = "lamplighter_prompt_tokens";
 /// Tokens given to readers.
 pub(crate) const GENERATED_TOKENS: &str = "lamplighter_generated_tokens";
+
+/// Of the prompt tokens, those whose keys and values came from the prefix cache.
+pub(crate) const PREFIX_CACHE_HIT_TOKENS: &str = "lamplighter_prefix_cache_hit_tokens";
+/// KV blocks that no sequence holds and whose content may be used again.
+pub(crate) const KV_BLOCKS_CACHED: &str = "lamplighter_kv_blocks_cached";
+/// Cached KV blocks that were given to other content.
+pub(crate) const PREFIX_CACHE_EVICTIONS: &str = "lamplighter_prefix_cache_evicted_blocks";
+/// Requests whose time was over, by `where`: `queue` (nothing was computed) or `running`.
+pub(crate) const REQUEST_TIMEOUTS: &str = "lamplighter_request_timeouts";
+/// The router's own work for a step, by `stage`; see [`Stage`].
+pub(crate) const ROUTER_STEP_DURATION: &str = "lamplighter_router_step_duration";
 
 /// Tells the recorder what the scheduler's metrics mean. Call once it is installed.
 pub(crate) fn describe_scheduler() {
@@ -78,9 +93,29 @@ pub(crate) fn describe_scheduler() {
     );
     describe_counter!(PROMPT_TOKENS, "prompt tokens of the requests that were started");
     describe_counter!(GENERATED_TOKENS, "tokens given to readers");
+    describe_counter!(
+        PREFIX_CACHE_HIT_TOKENS,
+        "prompt tokens whose keys and values came from the prefix cache, not computed again"
+    );
+    describe_gauge!(KV_BLOCKS_CACHED, "KV blocks that no sequence holds and whose content may be used again");
+    describe_counter!(PREFIX_CACHE_EVICTIONS, "cached KV blocks that were given to other content");
+    describe_counter!(
+        REQUEST_TIMEOUTS,
+        "requests whose time was over, by where (queue: nothing was computed, running)"
+    );
+    describe_histogram!(
+        ROUTER_STEP_DURATION,
+        Unit::Seconds,
+        "the router's own work for a step, by stage (plan, encode, decode, apply, detokenize, sse)"
+    );
     // Counters exist from the start, so that a rate over them has a beginning.
-    for name in [PREEMPTIONS, PROMPT_TOKENS, GENERATED_TOKENS] {
+    for name in
+        [PREEMPTIONS, PROMPT_TOKENS, GENERATED_TOKENS, PREFIX_CACHE_HIT_TOKENS, PREFIX_CACHE_EVICTIONS]
+    {
         counter!(name).increment(0);
+    }
+    for place in ["queue", "running"] {
+        counter!(REQUEST_TIMEOUTS, "where" => place).increment(0);
     }
 }
 
@@ -181,7 +216,95 @@ pub(crate) fn record_request_started(queue_time: Duration, prompt_tokens: usize)
 
 /// A token was given to its reader.
 pub(crate) fn record_generated_token() {
-    counter!(GENERATED_TOKENS).increment(1);
+    // Looked up once: this is called for each token.
+    static COUNTER: LazyLock<Counter> = LazyLock::new(|| counter!(GENERATED_TOKENS));
+    COUNTER.increment(1);
+}
+
+/// A request began with so many tokens of its prompt from the prefix cache.
+pub(crate) fn record_prefix_cache_hit(tokens: usize) {
+    counter!(PREFIX_CACHE_HIT_TOKENS).increment(tokens as u64);
+}
+
+/// Cached blocks were given to other content.
+pub(crate) fn record_prefix_cache_evictions(blocks: usize) {
+    counter!(PREFIX_CACHE_EVICTIONS).increment(blocks as u64);
+}
+
+/// How many blocks no sequence holds, and may be used again.
+pub(crate) fn set_cached_blocks(blocks: usize) {
+    gauge!(KV_BLOCKS_CACHED).set(blocks as f64);
+}
+
+/// A request's time was over before its first step.
+pub(crate) fn record_queue_timeout() {
+    counter!(REQUEST_TIMEOUTS, "where" => "queue").increment(1);
+}
+
+/// A request's time was over while it was running.
+pub(crate) fn record_running_timeout() {
+    counter!(REQUEST_TIMEOUTS, "where" => "running").increment(1);
+}
+
+/// A part of the router's own work for a step: the label `stage`.
+///
+/// The time is that of the clock: where other programs want the same core, it includes their turns. The work of
+/// tokens is done by their connections' tasks, so it is summed up and recorded with the answer that comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Choosing the rows of the next step.
+    Plan,
+    /// A step to its message.
+    Encode,
+    /// An answer's message to an answer.
+    Decode,
+    /// What follows from an answer: sequences advance, tokens go to their readers.
+    Apply,
+    /// Tokens to text, stop strings included.
+    Detokenize,
+    /// Text to frames of server-sent events.
+    Sse,
+}
+
+impl Stage {
+    const ALL: [Self; 6] = [Self::Plan, Self::Encode, Self::Decode, Self::Apply, Self::Detokenize, Self::Sse];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Plan => "plan",
+            Self::Encode => "encode",
+            Self::Decode => "decode",
+            Self::Apply => "apply",
+            Self::Detokenize => "detokenize",
+            Self::Sse => "sse",
+        }
+    }
+
+    /// Adds what was done from `since` until now.
+    pub(crate) fn done(self, since: Instant) {
+        let nanos = since.elapsed().as_nanos() as u64;
+        STAGE_NANOS[self as usize].fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// Does `work`, and adds how long it took.
+    pub(crate) fn time<T>(self, work: impl FnOnce() -> T) -> T {
+        let since = Instant::now();
+        let result = work();
+        self.done(since);
+        result
+    }
+}
+
+/// Work since the last step, by stage. Each only grows until it is taken, so no order between them is needed.
+static STAGE_NANOS: [AtomicU64; Stage::ALL.len()] = [const { AtomicU64::new(0) }; Stage::ALL.len()];
+
+/// Records the router's work since this was called last. To be called once for each answered step.
+pub(crate) fn record_router_step() {
+    static HISTOGRAMS: LazyLock<[Histogram; Stage::ALL.len()]> =
+        LazyLock::new(|| Stage::ALL.map(|stage| histogram!(ROUTER_STEP_DURATION, "stage" => stage.label())));
+    for (nanos, histogram) in STAGE_NANOS.iter().zip(&*HISTOGRAMS) {
+        histogram.record(Duration::from_nanos(nanos.swap(0, Ordering::Relaxed)));
+    }
 }
 
 /// A sequence gave its blocks back.
@@ -193,8 +316,8 @@ pub(crate) fn record_preemption() {
 pub(crate) const REQUEST_COUNT: &str = "tgi_request_count";
 /// Sequences that came to their end.
 pub(crate) const REQUEST_SUCCESS: &str = "tgi_request_success";
-/// Requests without a result, by `err`: `overloaded`, `validation`, `template`, `generation`, `unavailable`, `dropped`
-/// (the client went away).
+/// Requests without a result, by `err`: `overloaded`, `validation`, `template`, `generation`, `timeout`, `unavailable`,
+/// `dropped` (the client went away).
 pub(crate) const REQUEST_FAILURE: &str = "tgi_request_failure";
 /// From a request's arrival to its sequence's end.
 pub(crate) const REQUEST_DURATION: &str = "tgi_request_duration";
@@ -217,16 +340,20 @@ pub(crate) const INTER_TOKEN_LATENCY: &str = "lamplighter_inter_token_latency_du
 /// Open HTTP connections.
 pub(crate) const HTTP_CONNECTIONS: &str = "lamplighter_http_connections";
 
-const FAILURES: [&str; 6] = ["overloaded", "validation", "template", "generation", "unavailable", "dropped"];
+const FAILURES: [&str; 7] =
+    ["overloaded", "validation", "template", "generation", "timeout", "unavailable", "dropped"];
 
 /// Installs the recorder that `/metrics` renders, with the buckets of each histogram. Once for a process.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     // TGI's: 0.15 ms to some 146 s, each half as long again as the one before.
     let durations: Vec<f64> = (0..35).map(|n| 1.5e-4 * 1.5f64.powi(n)).collect();
+    // The router's share of a step is far shorter: 1 us to some 66 ms.
+    let router_durations: Vec<f64> = (0..17).map(|n| 1e-6 * f64::from(1u32 << n)).collect();
     let counts: Vec<f64> = (0..=20).map(|n| f64::from(1u32 << n)).collect();
     let handle = PrometheusBuilder::new()
         .set_buckets(&counts)?
         .set_buckets_for_metric(Matcher::Suffix("_duration".to_owned()), &durations)?
+        .set_buckets_for_metric(Matcher::Full(ROUTER_STEP_DURATION.to_owned()), &router_durations)?
         .install_recorder()?;
     describe_scheduler();
     describe_http();
@@ -316,7 +443,9 @@ pub(crate) fn record_first_token(since_arrival: Duration) {
 
 /// A sequence's next token, so long after the one before.
 pub(crate) fn record_next_token(since_last: Duration) {
-    histogram!(INTER_TOKEN_LATENCY).record(since_last);
+    // Looked up once: this is called for each token.
+    static HISTOGRAM: LazyLock<Histogram> = LazyLock::new(|| histogram!(INTER_TOKEN_LATENCY));
+    HISTOGRAM.record(since_last);
 }
 
 /// A client has connected.

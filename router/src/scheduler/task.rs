@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use super::handle::Status;
 use super::request::Failure;
 use super::state::{Event, Scheduler};
-use crate::metrics;
+use crate::metrics::{self, Stage};
 use crate::shards::ShardGroup;
 
 /// Runs until all handles and streams are dropped.
@@ -23,7 +23,7 @@ pub(crate) async fn run(
     while let Some(event) = select(&scheduler, &mut events, &mut shards).await {
         let now = Instant::now();
         let answered = matches!(event, Event::StepDone(_));
-        scheduler.apply(event, now);
+        Stage::Apply.time(|| scheduler.apply(event, now));
         // All that happened meanwhile, so that requests that come together are planned together.
         while let Ok(event) = events.try_recv() {
             scheduler.apply(event, now);
@@ -31,6 +31,7 @@ pub(crate) async fn run(
         send_steps(&mut scheduler, &mut shards, now);
         if answered {
             metrics::record_scheduling(now.elapsed());
+            metrics::record_router_step();
         }
         if scheduler.is_idle() {
             metrics::record_idle();
@@ -59,7 +60,7 @@ async fn select(
 }
 
 fn send_steps(scheduler: &mut Scheduler, shards: &mut ShardGroup, now: Instant) {
-    while let Some(step) = scheduler.next_step(now) {
+    while let Some(step) = Stage::Plan.time(|| scheduler.next_step(now)) {
         tracing::trace!(
             step = step.id,
             admitted = step.admit.len(),

@@ -11,6 +11,7 @@ use tonic::Streaming;
 
 use super::connect::{ShardError, rpc_error};
 use super::{from_proto, to_proto};
+use crate::metrics::Stage;
 use crate::scheduler::{Step, StepAnswer};
 
 /// All ranks, each with an open stream of steps. Dropping it ends the streams, and with them all sequences.
@@ -61,7 +62,7 @@ impl ShardGroup {
 
     /// Sends a step to all ranks. Never waits: the scheduler keeps to the number of steps in flight.
     pub(crate) fn submit(&mut self, step: &Step) -> Result<(), ShardError> {
-        let message = to_proto::step(step);
+        let message = Stage::Encode.time(|| to_proto::step(step));
         for (rank, steps) in self.steps.iter().enumerate() {
             steps.try_send(message.clone()).map_err(|error| match error {
                 mpsc::error::TrySendError::Closed(_) => ShardError::Ended { rank },
@@ -110,7 +111,8 @@ impl ShardGroup {
             first.forward_us = first.forward_us.max(other.forward_us);
             first.sample_us = first.sample_us.max(other.sample_us);
         }
-        from_proto::step_answer(&first, self.vocab_size)
+        Stage::Decode
+            .time(|| from_proto::step_answer(&first, self.vocab_size))
             .map(Some)
             .map_err(|error| ShardError::Answer { rank: 0, reason: error.to_string() })
     }
