@@ -11,6 +11,8 @@ mod entry;
 mod handle;
 mod queue;
 mod request;
+#[doc(hidden)]
+pub mod simulation;
 mod start;
 mod state;
 mod task;
