@@ -1,10 +1,10 @@
 //! What a user waits for and what a step costs, through the real executable over HTTP:
 //!
-//! `make bench-serving` (or `cargo bench -p integration-tests --bench serving -- [demo] [135m] [1b]`)
+//! `make bench-serving` (or `cargo bench -p integration-tests --bench serving -- [demo] [135m] [0.5b] [1b] [bf16] [f16] [f32]`)
 //!
 //! For each model: seconds from start to ready, memory, time to first token, and decode speed with 1, 2, 4, 8 and 16
 //! requests at once; beside it the floor, which is the rate at which this machine reads the weights' bytes, measured in
-//! the same run. These machines are noisy: compare ratios of one run.
+//! the same run, and what router and messages cost. These machines are noisy: compare ratios of one run.
 #![expect(clippy::print_stdout, reason = "a benchmark's report")]
 
 mod synthetic;
@@ -17,32 +17,47 @@ use futures::future::join_all;
 use integration_tests::{Model, Stack};
 use serde_json::{Value, json};
 
-use synthetic::Shape;
+use synthetic::{Shape, Stored};
 
 /// Tokens generated for a measurement of decode speed.
 const NEW_TOKENS: usize = 64;
 
+/// Element types of weights that can be asked for.
+const STORED: [Stored; 3] = [Stored::Bf16, Stored::F16, Stored::F32];
+
 fn main() -> anyhow::Result<()> {
     let chosen: Vec<String> =
         std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|argument| argument == name);
+    let wanted_type =
+        |stored: &Stored| chosen.iter().any(|argument| argument.eq_ignore_ascii_case(stored.name()));
+    let stored = STORED.into_iter().find(wanted_type).unwrap_or(Stored::Bf16);
+    let is_model =
+        |argument: &String| !STORED.iter().any(|stored| argument.eq_ignore_ascii_case(stored.name()));
+    let chosen: Vec<_> = chosen.iter().filter(|argument| is_model(argument)).collect();
+    let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|argument| *argument == name);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    println!("| model | batch | tokens/s | tokens/s per request | ratio to batch 1 | of the read floor |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| model | batch | tokens/s | tokens/s per request | ratio to batch 1 | of the read floor | outside of the model |"
+    );
+    println!("|---|---|---|---|---|---|---|");
     if wants("demo") {
         runtime.block_on(measure("demo", Model::Demo, None));
     }
-    for (name, shape) in [("135m", &synthetic::SMOLLM2_135M), ("1b", &synthetic::TINYLLAMA_1B)] {
+    for (name, shape) in [
+        ("135m", &synthetic::SMOLLM2_135M),
+        ("0.5b", &synthetic::QWEN25_05B),
+        ("1b", &synthetic::TINYLLAMA_1B),
+    ] {
         if wants(name) {
-            let directory = shape.write(&work_directory(), &demo_checkpoint())?;
+            let directory = shape.write(stored, &work_directory(), &demo_checkpoint())?;
             let directory: &'static str = Box::leak(directory.display().to_string().into_boxed_str());
-            runtime.block_on(measure(shape.name, Model::Directory(directory), Some(shape)));
+            runtime.block_on(measure(shape.name, Model::Directory(directory), Some((shape, stored))));
         }
     }
     Ok(())
 }
 
-async fn measure(name: &str, model: Model, shape: Option<&Shape>) {
+async fn measure(name: &str, model: Model, shape: Option<(&Shape, Stored)>) {
     let start = Instant::now();
     let stack = Stack::start(model, &["--max-total-tokens", "1024"]).await;
     let ready = start.elapsed();
@@ -51,25 +66,26 @@ async fn measure(name: &str, model: Model, shape: Option<&Shape>) {
     let mut single = 0.0;
     for batch in [1, 2, 4, 8, 16] {
         let bandwidth = read_bandwidth();
-        let rate = decode_rate(&stack, batch).await;
+        let Decode { rate, outside } = decode(&stack, batch).await;
         if batch == 1 {
             single = rate;
         }
         let floor = shape.map_or_else(
             || "–".to_owned(),
-            |shape| {
+            |(shape, stored)| {
                 let steps = rate / batch as f64;
                 format!(
                     "{:.0} % of {:.1} GB/s",
-                    100.0 * steps * shape.bytes_per_step() as f64 / bandwidth,
+                    100.0 * steps * (shape.weights_per_step() * stored.size_in_bytes()) as f64 / bandwidth,
                     bandwidth / 1e9
                 )
             },
         );
         println!(
-            "| {name} | {batch} | {rate:.1} | {:.1} | {:.2} | {floor} |",
+            "| {name} | {batch} | {rate:.1} | {:.1} | {:.2} | {floor} | {:.1} % |",
             rate / batch as f64,
-            rate / single
+            rate / single,
+            100.0 * outside
         );
     }
     for prompt in [16, 512] {
@@ -86,20 +102,39 @@ async fn measure(name: &str, model: Model, shape: Option<&Shape>) {
     println!(
         "{name}: ready after {:.2} s; memory of all processes {} MB",
         ready.as_secs_f64(),
-        memory_mb(&stack)
+        stack.memory().proportional >> 20
     );
 }
 
-/// Tokens per second of `batch` requests at once, the time for prompts and first tokens taken off.
-async fn decode_rate(stack: &Stack, batch: usize) -> f64 {
-    let mut best = 0.0_f64;
+/// How `batch` requests at once are decoded.
+struct Decode {
+    /// Tokens per second, the time for prompts and first tokens taken off.
+    rate: f64,
+    /// Share of the whole time in which the shard computed neither logits nor tokens: HTTP, text, scheduling, and the way
+    /// of messages to the shard and back.
+    outside: f64,
+}
+
+/// The best of three.
+async fn decode(stack: &Stack, batch: usize) -> Decode {
+    let mut best = Decode { rate: 0.0, outside: 1.0 };
     for _ in 0..3 {
         let first = generate(stack, batch, 32, 1).await;
+        let before = seconds_in_model(stack).await;
         let all = generate(stack, batch, 32, 1 + NEW_TOKENS).await;
-        let seconds = all.saturating_sub(first).as_secs_f64();
-        best = best.max((batch * NEW_TOKENS) as f64 / seconds);
+        let in_model = seconds_in_model(stack).await - before;
+        let rate = (batch * NEW_TOKENS) as f64 / all.saturating_sub(first).as_secs_f64();
+        if rate > best.rate {
+            best = Decode { rate, outside: 1.0 - in_model / all.as_secs_f64() };
+        }
     }
     best
+}
+
+/// Of all steps so far, as the shard reported them.
+async fn seconds_in_model(stack: &Stack) -> f64 {
+    stack.metric("tgi_batch_forward_duration_sum").await
+        + stack.metric("lamplighter_batch_sampling_duration_sum").await
 }
 
 /// Sends `batch` requests at once and returns when all are answered.
@@ -138,25 +173,6 @@ fn read_bandwidth() -> f64 {
         best = best.max((words.len() * 8) as f64 / start.elapsed().as_secs_f64());
     }
     best
-}
-
-/// Memory of the launcher and its children, pages that they share counted once (PSS).
-fn memory_mb(stack: &Stack) -> u64 {
-    let launcher = stack.pid().as_raw().to_string();
-    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
-    let Ok(processes) = std::fs::read_dir("/proc") else { return 0 };
-    let kilobytes = processes.flatten().filter_map(|process| {
-        let status = read(&process.path().join("status"));
-        let field =
-            |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()));
-        if field("Pid:")? != launcher && field("PPid:")? != launcher {
-            return None;
-        }
-        let smaps = read(&process.path().join("smaps_rollup"));
-        let pss = smaps.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-        pss.trim().trim_end_matches("kB").trim().parse::<u64>().ok()
-    });
-    kilobytes.sum::<u64>() / 1024
 }
 
 fn demo_checkpoint() -> PathBuf {

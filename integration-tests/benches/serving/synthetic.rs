@@ -4,9 +4,10 @@ use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use serde_json::{Map, json};
 
-/// A Llama-architecture shape, weights in bf16.
+/// The shape of a published model.
 pub(crate) struct Shape {
     pub(crate) name: &'static str,
     pub(crate) hidden: usize,
@@ -16,6 +17,8 @@ pub(crate) struct Shape {
     pub(crate) ffn: usize,
     pub(crate) vocab: usize,
     pub(crate) tied: bool,
+    /// Query, key and value have biases: Qwen 2's architecture, else Llama's.
+    pub(crate) qkv_bias: bool,
 }
 
 /// The shape of SmolLM2-135M.
@@ -28,6 +31,20 @@ pub(crate) const SMOLLM2_135M: Shape = Shape {
     ffn: 1536,
     vocab: 49152,
     tied: true,
+    qkv_bias: false,
+};
+
+/// The shape of Qwen2.5-0.5B.
+pub(crate) const QWEN25_05B: Shape = Shape {
+    name: "Qwen2.5-0.5B shape",
+    hidden: 896,
+    layers: 24,
+    heads: 14,
+    kv_heads: 2,
+    ffn: 4864,
+    vocab: 151_936,
+    tied: true,
+    qkv_bias: true,
 };
 
 /// The shape of TinyLlama-1.1B.
@@ -40,7 +57,48 @@ pub(crate) const TINYLLAMA_1B: Shape = Shape {
     ffn: 5632,
     vocab: 32000,
     tied: false,
+    qkv_bias: false,
 };
+
+/// Element type of stored weights. All hold the same numbers, those of bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl Stored {
+    /// As in a safetensors header.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+            Self::F32 => "F32",
+        }
+    }
+
+    /// As in config.json.
+    fn torch_name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+            Self::F32 => "float32",
+        }
+    }
+
+    pub(crate) fn size_in_bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    fn write(self, file: &mut impl Write, value: bf16) -> std::io::Result<()> {
+        match self {
+            Self::Bf16 => file.write_all(&value.to_le_bytes()),
+            Self::F16 => file.write_all(&f16::from_f32(value.to_f32()).to_le_bytes()),
+            Self::F32 => file.write_all(&value.to_f32().to_le_bytes()),
+        }
+    }
+}
 
 impl Shape {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
@@ -50,6 +108,9 @@ impl Shape {
         for layer in 0..self.layers {
             let mut push = |name: &str, shape: &[usize]| {
                 tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+                if self.qkv_bias && ["q_proj", "k_proj", "v_proj"].iter().any(|end| name.ends_with(end)) {
+                    tensors.push((format!("model.layers.{layer}.{name}.bias"), shape[..1].to_vec()));
+                }
             };
             push("input_layernorm", &[self.hidden]);
             push("self_attn.q_proj", &[q, self.hidden]);
@@ -68,16 +129,21 @@ impl Shape {
         tensors
     }
 
-    /// Bytes of weights that a decode step reads: all but an untied embedding table, of which it reads single rows.
-    pub(crate) fn bytes_per_step(&self) -> usize {
+    /// Weights that a decode step reads: all but an untied embedding table, of which it reads single rows.
+    pub(crate) fn weights_per_step(&self) -> usize {
         let elements: usize = self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let embedding = if self.tied { 0 } else { self.vocab * self.hidden };
-        (elements - embedding) * 2
+        elements - embedding
     }
 
     /// Writes the checkpoint below `parent` (once) with the tokenizer of `tokenizer_from`, and returns its directory.
-    pub(crate) fn write(&self, parent: &Path, tokenizer_from: &Path) -> anyhow::Result<PathBuf> {
-        let directory = parent.join(self.name.replace(' ', "-"));
+    pub(crate) fn write(
+        &self,
+        stored: Stored,
+        parent: &Path,
+        tokenizer_from: &Path,
+    ) -> anyhow::Result<PathBuf> {
+        let directory = parent.join(format!("{}-{}", self.name.replace(' ', "-"), stored.name()));
         if directory.join("complete").exists() {
             return Ok(directory);
         }
@@ -85,26 +151,31 @@ impl Shape {
         for file in ["tokenizer.json", "tokenizer_config.json"] {
             fs::copy(tokenizer_from.join(file), directory.join(file))?;
         }
-        let config = json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
-            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "intermediate_size": self.ffn, "vocab_size": self.vocab,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048,
-            "tie_word_embeddings": self.tied, "attention_bias": false, "mlp_bias": false,
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "torch_dtype": stored.torch_name(), "hidden_size": self.hidden, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.ffn, "vocab_size": self.vocab, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": self.tied,
         });
+        if self.qkv_bias {
+            config["architectures"] = json!(["Qwen2ForCausalLM"]);
+            config["model_type"] = json!("qwen2");
+        }
         fs::write(directory.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-        self.write_weights(&directory.join("model.safetensors"))?;
+        self.write_weights(stored, &directory.join("model.safetensors"))?;
         fs::write(directory.join("complete"), "")?;
         Ok(directory)
     }
 
-    fn write_weights(&self, path: &Path) -> anyhow::Result<()> {
+    fn write_weights(&self, stored: Stored, path: &Path) -> anyhow::Result<()> {
         let mut header = Map::new();
         let mut end = 0;
         for (name, shape) in self.tensors() {
             let begin = end;
-            end += shape.iter().product::<usize>() * 2;
-            header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}));
+            end += shape.iter().product::<usize>() * stored.size_in_bytes();
+            header
+                .insert(name, json!({"dtype": stored.name(), "shape": shape, "data_offsets": [begin, end]}));
         }
         let mut header = serde_json::to_vec(&header)?;
         header.resize(header.len().next_multiple_of(64) + 56, b' ');
@@ -112,15 +183,15 @@ impl Shape {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        for (_, shape) in self.tensors() {
-            let norm = shape.len() == 1;
+        for (name, shape) in self.tensors() {
+            let norm = name.ends_with("norm.weight");
             for _ in 0..shape.iter().product::<usize>() {
                 state ^= state << 13;
                 state ^= state >> 7;
                 state ^= state << 17;
                 // Uniform in -0.035 .. 0.035: the variance of the usual initialization.
                 let value = if norm { 1.0 } else { ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.07 };
-                file.write_all(&((value.to_bits() >> 16) as u16).to_le_bytes())?;
+                stored.write(&mut file, bf16::from_bits((value.to_bits() >> 16) as u16))?;
             }
         }
         file.flush()?;
