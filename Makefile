@@ -5,6 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 CARGO ?= cargo
+RUSTC ?= rustc
 PYTHON ?= python3
 # One profile for running, testing, linting and benchmarking, so that everything is compiled once.
 CARGO_FLAGS := --release --locked
@@ -15,10 +16,14 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 EXECUTABLE := $(TARGET)/release/lamplighter
 VENV := target/clients-venv
 
-.PHONY: help run build test lint format ci bench bench-serving toolchain
+# What the kernels are tested with for 64-bit Arm on another machine: the C library that qemu loads, as Debian lays it.
+AARCH64 := aarch64-unknown-linux-gnu
+AARCH64_ROOT ?= /usr/aarch64-linux-gnu
+
+.PHONY: help run build test test-aarch64 lint format ci bench bench-serving bench-scheduler soak toolchain
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
 
 run: build ## Build and serve (flags: make run ARGS="--port 8080")
 	@exec $(EXECUTABLE) $(ARGS)
@@ -30,6 +35,19 @@ build: toolchain ## Build the executable: target/release/lamplighter
 
 test: build $(VENV)/installed ## Run all tests, those through the real executable and its clients too
 	$(CARGO) test $(CARGO_FLAGS) --workspace --no-fail-fast
+
+test-aarch64: toolchain ## Test the kernels for 64-bit Arm on another machine, under qemu
+	@test -d "$$($(RUSTC) --print target-libdir --target $(AARCH64))" \
+	  || { echo "Rust's library for 64-bit Arm is not installed: rustup target add $(AARCH64)" >&2; exit 1; }
+	@command -v aarch64-linux-gnu-gcc >/dev/null \
+	  || { echo "aarch64-linux-gnu-gcc, which links for 64-bit Arm, is not installed (Debian: apt install gcc-aarch64-linux-gnu)." >&2; exit 1; }
+	@command -v qemu-aarch64 >/dev/null \
+	  || { echo "qemu-aarch64, which runs programs for 64-bit Arm, is not installed (Debian: apt install qemu-user)." >&2; exit 1; }
+	@test -e $(AARCH64_ROOT)/lib/ld-linux-aarch64.so.1 \
+	  || { echo "$(AARCH64_ROOT) has no C library for 64-bit Arm: install it (Debian: apt install libc6-arm64-cross), or name another root with AARCH64_ROOT=..." >&2; exit 1; }
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L $(AARCH64_ROOT)" \
+	  $(CARGO) test $(CARGO_FLAGS) --target $(AARCH64) --package kernels --no-fail-fast
 
 lint: toolchain ## Check format and lints; warnings are errors
 	$(CARGO) fmt --all --check
@@ -45,6 +63,12 @@ bench: toolchain ## Measure the kernels against the machine's limits
 
 bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 1b")
 	$(CARGO) bench --profile release --locked --workspace --bench serving -- $(ARGS)
+
+bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation router")
+	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)
+
+soak: build ## Random load with random disconnects for some minutes: memory, blocks, ends (make soak ARGS="10")
+	$(CARGO) bench --profile release --locked --workspace --bench soak -- $(ARGS)
 
 toolchain:
 	@command -v $(CARGO) >/dev/null || { \

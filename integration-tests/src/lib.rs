@@ -6,9 +6,11 @@
 
 mod executable;
 mod http;
+mod memory;
 pub mod python;
 mod stack;
 
 pub use executable::{Model, golden, lamplighter};
 pub use http::{Answer, EventStream};
+pub use memory::Memory;
 pub use stack::Stack;

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::executable::{Model, lamplighter};
 use crate::http::{Answer, EventStream};
+use crate::memory::{self, Memory};
 
 /// For loading a tiny model on a busy machine.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
@@ -57,6 +58,11 @@ impl Stack {
     /// The launcher's process id.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// What launcher, router and shards use.
+    pub fn memory(&self) -> Memory {
+        memory::of_family(self.pid())
     }
 
     /// All that was printed so far.
