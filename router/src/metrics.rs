@@ -127,6 +127,8 @@ pub(crate) struct SchedulerGauges {
     pub(crate) running: usize,
     /// Blocks that they hold.
     pub(crate) blocks_used: usize,
+    /// Blocks that nobody holds, and may be used again.
+    pub(crate) blocks_cached: usize,
     /// Blocks that there are.
     pub(crate) blocks_total: usize,
 }
@@ -136,6 +138,7 @@ pub(crate) fn set_scheduler_gauges(gauges: &SchedulerGauges) {
     gauge!(QUEUE_SIZE).set(gauges.queued as f64);
     gauge!(RUNNING_SEQUENCES).set(gauges.running as f64);
     gauge!(KV_BLOCKS_USED).set(gauges.blocks_used as f64);
+    gauge!(KV_BLOCKS_CACHED).set(gauges.blocks_cached as f64);
     gauge!(KV_BLOCKS_TOTAL).set(gauges.blocks_total as f64);
 }
 
@@ -229,11 +232,6 @@ pub(crate) fn record_prefix_cache_hit(tokens: usize) {
 /// Cached blocks were given to other content.
 pub(crate) fn record_prefix_cache_evictions(blocks: usize) {
     counter!(PREFIX_CACHE_EVICTIONS).increment(blocks as u64);
-}
-
-/// How many blocks no sequence holds, and may be used again.
-pub(crate) fn set_cached_blocks(blocks: usize) {
-    gauge!(KV_BLOCKS_CACHED).set(blocks as f64);
 }
 
 /// A request's time was over before its first step.

@@ -88,6 +88,7 @@ impl<'a> Player<'a> {
             max_prefill_tokens: machine.max_prefill_tokens,
             max_sequences: machine.max_sequences,
             steps_in_flight: machine.steps_in_flight,
+            prefix_caching: policy == Policy::Lamplighter,
         };
         Self {
             machine,
@@ -179,7 +180,8 @@ impl<'a> Player<'a> {
         let latencies = self.outcome.classes.entry(session.class).or_default();
         while let Some(Some(event)) = reader.stream.next().now_or_never() {
             match event {
-                TokenEvent::Started { .. } | TokenEvent::Prompt(_) => {}
+                TokenEvent::Started { cached_tokens, .. } => self.outcome.cached_tokens += cached_tokens,
+                TokenEvent::Prompt(_) => {}
                 TokenEvent::Token { token, end } => {
                     match reader.last_token.replace(now) {
                         None => latencies.first_token.push(now.saturating_sub(reader.asked)),

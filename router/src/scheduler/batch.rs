@@ -26,21 +26,56 @@ pub(crate) struct Candidate {
     pub(crate) request: RequestId,
     /// Tokens that can be computed, those that already are included. One more than `computed` is a decode row.
     pub(crate) len: usize,
-    /// Tokens whose keys and values are in its blocks, or will be when the steps in flight are done.
+    /// Tokens whose keys and values are in its blocks, or will be when the steps in flight are done; of a waiting request,
+    /// those that it finds in the cache.
     pub(crate) computed: usize,
-    /// Blocks that it holds.
+    /// Blocks that it holds; of a waiting request, those that it finds in the cache.
     pub(crate) num_blocks: usize,
+    /// Of these, the ones that count as available: of a waiting request those that nobody uses, and which it takes when it
+    /// is let in; of one whose reader has stalled those that it would give back. Of others, 0.
+    pub(crate) num_available: usize,
     /// Whether its reader has room for the events of one more step. Without it the request is passed over.
     pub(crate) has_room: bool,
+    /// Of a waiting request, what it would do about its next block, if that is one which others can use.
+    pub(crate) next_block: NextBlock,
+}
+
+/// The first block that a waiting request does not find in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NextBlock {
+    /// It computes it, and nobody can tell whether another one would.
+    Own,
+    /// It computes it if nobody else does: the block's hash.
+    Shared(u64),
+    /// A running request is about to compute it: better to wait for that.
+    Coming,
+}
+
+/// What there is to give.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Supply {
+    /// Blocks that are free or can be evicted.
+    pub(crate) blocks: usize,
+    /// Whether waiting requests may be let in.
+    pub(crate) admits: bool,
 }
 
 /// What to do next.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Plan {
-    /// Running requests that give all their blocks back and return to the queue.
-    pub(crate) preempt: Vec<RequestId>,
-    /// What to compute; those of one token first. A request that is not running yet is thereby admitted.
-    pub(crate) rows: Vec<Row>,
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// To take a running request's blocks, put it back into the queue, and plan again.
+    Preempt(Preempt),
+    /// What to compute; rows of one token first. A request that is not running yet is thereby admitted.
+    Compute(Vec<Row>),
+}
+
+/// Who is to give his blocks, and to whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Preempt {
+    /// This one, since a running request needs blocks.
+    ForRunning(RequestId),
+    /// This one, whose reader has stalled, since a waiting request needs blocks.
+    ForWaiting(RequestId),
 }
 
 /// A request's share of a step.
@@ -58,96 +93,120 @@ pub(crate) struct Row {
 /// Running requests come first, by age: each gets a decode row, or a chunk of its prompt as long as the prefill budget
 /// lasts. When blocks run out, those whose readers have stalled give theirs, then the youngest; so the oldest always
 /// proceeds, and with it all. What is left goes to waiting requests in strict order, each when the blocks for all its
-/// tokens can be had.
+/// tokens can be had; only those whose next block is about to be computed by another are passed over.
+///
+/// How many blocks a preempted request gives back depends on who else uses them. So a plan names one, and when it has
+/// given its blocks, the rest is planned with what there is.
 pub(crate) fn plan(
     running: &[Candidate],
     waiting: impl IntoIterator<Item = Candidate>,
-    free_blocks: usize,
+    supply: Supply,
     budget: &Budget,
 ) -> Plan {
     let mut planner = Planner {
         budget,
-        free_blocks,
+        available_blocks: supply.blocks,
         prefill_tokens: budget.max_prefill_tokens,
         stalled: running.iter().filter(|candidate| !candidate.has_room).collect(),
-        plan: Plan::default(),
+        rows: Vec::new(),
     };
-    planner.advance(running.iter().filter(|candidate| candidate.has_room).collect());
-    planner.admit(running, waiting);
+    let ready = running.iter().filter(|candidate| candidate.has_room).collect();
+    let mut preempt = planner.advance(ready).map(Preempt::ForRunning);
+    if preempt.is_none() && supply.admits {
+        preempt = planner.admit(running, waiting).map(Preempt::ForWaiting);
+    }
+    if let Some(preempt) = preempt {
+        return Plan::Preempt(preempt);
+    }
     // Stable: within each part the order stays that of age. Shards take decode rows first.
-    planner.plan.rows.sort_by_key(|row| row.num_tokens > 1);
-    planner.plan
+    planner.rows.sort_by_key(|row| row.num_tokens > 1);
+    Plan::Compute(planner.rows)
 }
 
 struct Planner<'a> {
     budget: &'a Budget,
-    free_blocks: usize,
+    available_blocks: usize,
     /// What is left of the prefill budget.
     prefill_tokens: usize,
     /// Running requests whose readers have stalled, oldest first: the first to give their blocks.
     stalled: Vec<&'a Candidate>,
-    plan: Plan,
+    rows: Vec<Row>,
 }
 
 impl<'a> Planner<'a> {
-    /// Gives rows to running requests.
-    fn advance(&mut self, mut ready: VecDeque<&'a Candidate>) {
+    /// Gives rows to running requests. Returns who must give blocks for that.
+    fn advance(&mut self, mut ready: VecDeque<&'a Candidate>) -> Option<RequestId> {
         while let Some(candidate) = ready.pop_front() {
             if self.is_full() {
-                return;
+                return None;
             }
             let wanted = self.tokens_wanted(candidate);
-            let mut num_tokens = self.tokens_that_fit(candidate, wanted);
-            while wanted > 0 && num_tokens == 0 {
-                let Some(victim) = self.stalled.pop().or_else(|| ready.pop_back()) else { break };
-                self.preempt(victim);
-                num_tokens = self.tokens_that_fit(candidate, wanted);
+            let num_tokens = self.tokens_that_fit(candidate, wanted);
+            if wanted > 0 && num_tokens == 0 {
+                let victim = self.stalled.pop().or_else(|| ready.pop_back());
+                if let Some(victim) = victim {
+                    return Some(victim.request);
+                }
             }
             self.push(candidate, num_tokens);
         }
+        None
     }
 
-    /// Lets waiting requests in.
-    fn admit(&mut self, running: &[Candidate], waiting: impl IntoIterator<Item = Candidate>) {
-        // Blocks were just taken from someone; letting another in would be to take his place.
-        if !self.plan.preempt.is_empty() {
-            return;
-        }
+    /// Lets waiting requests in. Returns who must give blocks for that.
+    fn admit(
+        &mut self,
+        running: &[Candidate],
+        waiting: impl IntoIterator<Item = Candidate>,
+    ) -> Option<RequestId> {
         let ready = running.iter().filter(|candidate| candidate.has_room);
         // One block for each that runs, since it will soon need one: the watermark below which nobody is let in.
         let mut watermark = ready.clone().count();
         // Blocks that prompts which are let in already will need for their next chunks.
         let mut promised = ready.map(|candidate| self.blocks_to_come(candidate)).sum::<usize>();
-        promised -= self.plan.rows.iter().map(|row| row.new_blocks).sum::<usize>();
+        promised -= self.rows.iter().map(|row| row.new_blocks).sum::<usize>();
+        // What could be had from those whose readers have stalled.
+        let stalled = self.stalled.iter().map(|stalled| stalled.num_available).sum::<usize>();
+        // First blocks of what those who are let in by this plan compute.
+        let mut coming = Vec::new();
 
         for candidate in waiting {
             if self.is_full() || self.prefill_tokens == 0 {
-                return;
+                return None;
             }
-            if !candidate.has_room {
-                // Preempted while its reader stalled. It must not hold up those behind it.
+            // Without room, it was preempted while its reader stalled. It must not hold up those behind it.
+            if !candidate.has_room || candidate.next_block.is_coming(&coming) {
                 continue;
             }
             let needed = self.blocks_to_come(&candidate);
-            let stalled = self.stalled.iter().map(|stalled| stalled.num_blocks).sum::<usize>();
             // Where nothing else can run, the request fits: it would fit an empty cache.
-            if watermark > 0 && self.free_blocks + stalled < promised + needed + watermark {
-                return;
+            let least = promised + needed + candidate.num_available + watermark;
+            if watermark > 0 && self.available_blocks + stalled < least {
+                return None;
             }
             let wanted = self.tokens_wanted(&candidate);
-            while self.tokens_that_fit(&candidate, wanted) < wanted {
-                let Some(victim) = self.stalled.pop() else { break };
-                self.preempt(victim);
-            }
+            self.available_blocks = self.available_blocks.saturating_sub(candidate.num_available);
             let num_tokens = self.tokens_that_fit(&candidate, wanted);
+            if num_tokens < wanted
+                && let Some(victim) = self.stalled.pop()
+            {
+                return Some(victim.request);
+            }
+            if num_tokens == 0 {
+                return None;
+            }
             let new_blocks = self.push(&candidate, num_tokens);
             promised += needed - new_blocks;
             watermark += 1;
+            if let NextBlock::Shared(hash) = candidate.next_block {
+                coming.push(hash);
+            }
         }
+        None
     }
 
     fn is_full(&self) -> bool {
-        self.plan.rows.len() == self.budget.max_sequences
+        self.rows.len() == self.budget.max_sequences
     }
 
     /// Tokens that the budgets allow it: one for a decode row, else a chunk.
@@ -160,18 +219,13 @@ impl<'a> Planner<'a> {
 
     /// Of `wanted` tokens, those for which there are blocks.
     fn tokens_that_fit(&self, candidate: &Candidate, wanted: usize) -> usize {
-        let slots = (candidate.num_blocks + self.free_blocks) * self.budget.block_size;
+        let slots = (candidate.num_blocks + self.available_blocks) * self.budget.block_size;
         wanted.min(slots - candidate.computed)
     }
 
     /// Blocks missing for all its tokens.
     fn blocks_to_come(&self, candidate: &Candidate) -> usize {
         candidate.len.div_ceil(self.budget.block_size).saturating_sub(candidate.num_blocks)
-    }
-
-    fn preempt(&mut self, victim: &Candidate) {
-        self.free_blocks += victim.num_blocks;
-        self.plan.preempt.push(victim.request);
     }
 
     /// Adds a row, if it has tokens. Returns the blocks that it takes.
@@ -181,12 +235,23 @@ impl<'a> Planner<'a> {
         }
         let blocks = (candidate.computed + num_tokens).div_ceil(self.budget.block_size);
         let new_blocks = blocks - candidate.num_blocks;
-        self.free_blocks -= new_blocks;
+        self.available_blocks -= new_blocks;
         if candidate.len - candidate.computed > 1 {
             self.prefill_tokens -= num_tokens;
         }
-        self.plan.rows.push(Row { request: candidate.request, num_tokens, new_blocks });
+        self.rows.push(Row { request: candidate.request, num_tokens, new_blocks });
         new_blocks
+    }
+}
+
+impl NextBlock {
+    /// Whether somebody else computes it: a running request, or one of those that compute `blocks`.
+    fn is_coming(self, blocks: &[u64]) -> bool {
+        match self {
+            Self::Own => false,
+            Self::Shared(hash) => blocks.contains(&hash),
+            Self::Coming => true,
+        }
     }
 }
 
@@ -211,7 +276,7 @@ pub(crate) struct NewSequence {
     pub(crate) tokens: Vec<TokenId>,
     /// How tokens are chosen, and when to stop. Its prompt is the beginning of `tokens`.
     pub(crate) request: Arc<TokenRequest>,
-    /// Of `tokens`, how many are in `block_ids` already. 0 as long as there is no prefix cache.
+    /// Of `tokens`, how many are in `block_ids` already.
     pub(crate) computed_tokens: usize,
     /// The blocks that hold them.
     pub(crate) block_ids: Vec<BlockId>,
@@ -238,25 +303,54 @@ mod tests {
     /// One that has `computed` of `len` tokens, and the blocks for them.
     fn candidate(request: u64, len: usize, computed: usize) -> Candidate {
         let num_blocks = computed.div_ceil(BUDGET.block_size);
-        Candidate { request: RequestId(request), len, computed, num_blocks, has_room: true }
+        Candidate {
+            request: RequestId(request),
+            len,
+            computed,
+            num_blocks,
+            num_available: 0,
+            has_room: true,
+            next_block: NextBlock::Own,
+        }
     }
 
     fn stalled(request: u64, len: usize, computed: usize) -> Candidate {
-        Candidate { has_room: false, ..candidate(request, len, computed) }
+        let candidate = candidate(request, len, computed);
+        Candidate { has_room: false, num_available: candidate.num_blocks, ..candidate }
     }
 
-    /// Rows as (request, tokens, new blocks), and who is preempted.
+    /// One that finds `cached_blocks` unused blocks in the cache.
+    fn cached(request: u64, len: usize, cached_blocks: usize) -> Candidate {
+        let candidate = candidate(request, len, cached_blocks * BUDGET.block_size);
+        Candidate { num_available: cached_blocks, ..candidate }
+    }
+
+    /// Rows as (request, tokens, new blocks), and who is preempted for that.
     fn check(
         running: &[Candidate],
         waiting: &[Candidate],
-        free_blocks: usize,
+        blocks: usize,
         rows: &[(u64, usize, usize)],
         preempt: &[u64],
     ) {
-        let plan = plan(running, waiting.to_vec(), free_blocks, &BUDGET);
-        let planned = plan.rows.iter().map(|row| (row.request.0, row.num_tokens, row.new_blocks));
+        let (mut running, mut supply) = (running.to_vec(), Supply { blocks, admits: true });
+        let mut preempted = Vec::new();
+        let planned = loop {
+            let request = match plan(&running, waiting.to_vec(), supply, &BUDGET) {
+                Plan::Compute(rows) => break rows,
+                Plan::Preempt(Preempt::ForWaiting(request)) => request,
+                Plan::Preempt(Preempt::ForRunning(request)) => {
+                    supply.admits = false;
+                    request
+                }
+            };
+            preempted.push(request.0);
+            let place = running.iter().position(|candidate| candidate.request == request).unwrap();
+            supply.blocks += running.remove(place).num_blocks;
+        };
+        let planned = planned.iter().map(|row| (row.request.0, row.num_tokens, row.new_blocks));
         assert_eq!(planned.collect::<Vec<_>>(), rows);
-        assert_eq!(plan.preempt.iter().map(|request| request.0).collect::<Vec<_>>(), preempt);
+        assert_eq!(preempted, preempt);
     }
 
     #[test]
@@ -322,5 +416,22 @@ mod tests {
     fn the_first_of_an_idle_house_is_let_in_without_a_watermark() {
         check(&[], &[candidate(1, 8, 0)], 2, &[(1, 8, 2)], &[]);
         check(&[stalled(1, 8, 8)], &[candidate(2, 8, 0)], 0, &[(2, 8, 2)], &[1]);
+    }
+    #[test]
+    fn cached_blocks_are_not_given_twice() {
+        // Of four blocks, three are taken from the cache; its last tokens need one more.
+        check(&[], &[cached(1, 14, 3)], 4, &[(1, 2, 1)], &[]);
+        let decoding = [candidate(1, 8, 7)];
+        check(&decoding, &[cached(2, 14, 3)], 4, &[(1, 1, 0)], &[]);
+        check(&decoding, &[cached(2, 14, 3)], 5, &[(1, 1, 0), (2, 2, 1)], &[]);
+    }
+
+    #[test]
+    fn of_those_who_need_the_same_block_next_one_computes_it_and_the_others_hold_up_nobody() {
+        let next = |next_block, request| Candidate { next_block, ..candidate(request, 4, 0) };
+        let shared = |request, hash| next(NextBlock::Shared(hash), request);
+        check(&[], &[shared(1, 7), shared(2, 7), shared(3, 8)], 20, &[(1, 4, 1), (3, 4, 1)], &[]);
+        check(&[], &[next(NextBlock::Coming, 1), shared(2, 7)], 20, &[(2, 4, 1)], &[]);
+        check(&[], &[next(NextBlock::Own, 1), next(NextBlock::Own, 2)], 20, &[(1, 4, 1), (2, 4, 1)], &[]);
     }
 }

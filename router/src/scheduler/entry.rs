@@ -1,13 +1,16 @@
 //! A request and where it stands.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
 
-use proto::units::{BlockId, SequenceId, TokenId};
+use proto::units::{SequenceId, TokenId};
 
-use super::batch::Candidate;
+use super::blocks::BlockTable;
+use super::prefix_cache::{BlockHashes, Match, Prefix};
 use super::request::{EndReason, Token, TokenEvent, TokenRequest};
-use super::state::RequestId;
+use super::sharing::Hold;
+use super::state::{RequestId, Submission};
 use super::token_stream::EventSender;
 use crate::metrics;
 
@@ -27,9 +30,33 @@ pub(crate) struct Entry {
     pub(crate) generated: Vec<TokenId>,
     /// Position of the last prompt token of which the reader has the log-probability. The first token has none.
     pub(crate) prompt_reported: usize,
+    hashes: BlockHashes,
+    /// What of it was in the cache when that was last looked at.
+    pub(crate) found: Cell<Match>,
+    /// Since when it waits for a block that another one computes.
+    pub(crate) hold: Cell<Option<Hold>>,
 }
 
 impl Entry {
+    /// As it comes through the door. `block_size`: as in [`BlockHashes`].
+    pub(crate) fn new(submission: Submission, block_size: usize) -> Self {
+        let Submission { id, request, events, submitted_at } = submission;
+        let mut hashes = BlockHashes::new(block_size, &request.cache_namespace);
+        hashes.extend(&request.prompt, &[]);
+        Self {
+            id,
+            request: Arc::new(request),
+            events,
+            submitted_at,
+            started: false,
+            generated: Vec::new(),
+            prompt_reported: 0,
+            hashes,
+            found: Cell::default(),
+            hold: Cell::default(),
+        }
+    }
+
     /// Prompt and output so far, in tokens.
     pub(crate) fn len(&self) -> usize {
         self.request.prompt.len() + self.generated.len()
@@ -40,28 +67,39 @@ impl Entry {
         [self.request.prompt.as_slice(), &self.generated].concat()
     }
 
+    /// The same, as the cache looks at it.
+    pub(crate) fn prefix(&self) -> Prefix<'_> {
+        Prefix {
+            namespace: &self.request.cache_namespace,
+            prompt: &self.request.prompt,
+            generated: &self.generated,
+            hashes: &self.hashes,
+        }
+    }
+
+    /// Hashes of its full blocks.
+    pub(crate) fn block_hashes(&self) -> &[u64] {
+        self.hashes.as_slice()
+    }
+
     /// Whether log-probabilities of the prompt are still owed.
     pub(crate) fn owes_prompt_logprobs(&self) -> bool {
         self.request.prompt_logprobs && self.prompt_reported + 1 < self.request.prompt.len()
     }
 
-    /// How the planner sees it in the queue.
-    pub(crate) fn candidate(&self) -> Candidate {
-        Candidate {
-            request: self.id,
-            len: self.len(),
-            computed: 0,
-            num_blocks: 0,
-            has_room: self.events.has_room(EVENTS_PER_STEP),
-        }
+    /// Whether its reader has room for the events of `num_steps` steps.
+    pub(crate) fn has_room(&self, num_steps: usize) -> bool {
+        self.events.has_room(num_steps * EVENTS_PER_STEP)
     }
 
-    /// Tells the reader, the first time, that the request left the queue.
-    pub(crate) fn start(&mut self, now: Instant) {
+    /// Tells the reader, the first time, that the request left the queue with `cached_tokens` from the cache.
+    pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize) {
         if !std::mem::replace(&mut self.started, true) {
             let queue_time = now.saturating_duration_since(self.submitted_at);
-            metrics::record_request_started(queue_time, self.request.prompt.len());
-            self.events.send(TokenEvent::Started { queue_time, cached_tokens: 0 });
+            let prompt_tokens = self.request.prompt.len();
+            metrics::record_request_started(queue_time, prompt_tokens);
+            metrics::record_prefix_cache_hit(cached_tokens);
+            self.events.send(TokenEvent::Started { queue_time, cached_tokens });
         }
     }
 
@@ -80,6 +118,7 @@ impl Entry {
     pub(crate) fn report_token(&mut self, token: Token, end: Option<EndReason>) {
         metrics::record_generated_token();
         self.generated.push(token.id);
+        self.hashes.extend(&self.request.prompt, &self.generated);
         self.events.send(TokenEvent::Token { token, end });
     }
 }
@@ -95,10 +134,15 @@ pub(crate) struct Running {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
-    /// The block table.
-    pub(crate) blocks: Vec<BlockId>,
+    pub(crate) table: BlockTable,
+    /// Blocks that came from the cache.
+    pub(crate) num_acquired: usize,
+    /// Of its block hashes, those up to here are announced to others as coming.
+    pub(crate) num_announced: usize,
     /// Tokens whose keys and values are in the blocks.
     pub(crate) computed: usize,
+    /// Of these, the ones in steps that were answered.
+    pub(crate) answered: usize,
     /// Tokens that steps in flight will sample: known to the shards, not yet here.
     pub(crate) sampling: usize,
     /// Steps in flight that compute some of it.
@@ -113,17 +157,8 @@ impl Running {
         self.entry.len() + self.sequence.sampling
     }
 
-    /// How the planner sees it.
-    pub(crate) fn candidate(&self) -> Candidate {
-        let Self { entry, sequence } = self;
-        let last = entry.generated.len() + sequence.sampling >= entry.request.max_new_tokens as usize;
-        Candidate {
-            request: entry.id,
-            // The last token needs no keys and values: nothing is sampled after it.
-            len: if last { sequence.computed } else { self.len() },
-            computed: sequence.computed,
-            num_blocks: sequence.blocks.len(),
-            has_room: entry.events.has_room((sequence.steps_in_flight + 1) * EVENTS_PER_STEP),
-        }
+    /// Whether its reader has room for the events of one more step.
+    pub(crate) fn has_room(&self) -> bool {
+        self.entry.has_room(self.sequence.steps_in_flight + 1)
     }
 }

@@ -9,8 +9,10 @@ mod batch;
 mod blocks;
 mod entry;
 mod handle;
+mod prefix_cache;
 mod queue;
 mod request;
+mod sharing;
 #[doc(hidden)]
 pub mod simulation;
 mod start;

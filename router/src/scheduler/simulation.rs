@@ -27,6 +27,8 @@ pub struct SimulationLimits {
     pub max_sequences: usize,
     /// `--steps-in-flight`
     pub steps_in_flight: usize,
+    /// `--prefix-caching`
+    pub prefix_caching: bool,
 }
 
 /// A request and what the simulated model makes of it.
@@ -89,6 +91,7 @@ impl Simulation {
                     block_size: limits.block_size,
                 },
                 steps_in_flight: limits.steps_in_flight,
+                prefix_caching: limits.prefix_caching,
             }),
             handle,
             events,

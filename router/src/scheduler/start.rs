@@ -155,7 +155,11 @@ pub async fn start(
             block_size: serving.block_size,
         },
         // On a CPU the shards compute with the cores that would plan the next step, so nothing is won by more.
-        steps_in_flight: 1,
+        steps_in_flight: config.steps_in_flight.unwrap_or(match serving.device {
+            Device::Cpu => 1,
+            Device::Cuda => 2,
+        }),
+        prefix_caching: config.prefix_caching,
     };
     let shards = group.run(limits.steps_in_flight).await?;
     let (handle, events) = SchedulerHandle::new(wish.max_concurrent_requests, serving.kv_cache_tokens);

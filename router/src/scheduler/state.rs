@@ -9,9 +9,10 @@ use proto::units::{BlockId, SequenceId, TokenId};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes, WrongAnswer};
-use super::batch::{self, Budget, NewSequence, Row, Scheduled, Step};
+use super::batch::{self, Budget, NewSequence, Plan, Preempt, Row, Scheduled, Step, Supply};
 use super::blocks::BlockPool;
 use super::entry::{Entry, Running, Sequence};
+use super::prefix_cache::Match;
 use super::queue::Queue;
 use super::request::{Failure, TokenRequest};
 use super::token_stream::EventSender;
@@ -57,21 +58,27 @@ pub(crate) struct Limits {
     /// Steps that are sent before the first of them is answered, >= 1. With 2, the shards have the next step when they
     /// finish one.
     pub(crate) steps_in_flight: usize,
+    /// Whether computed blocks are kept and shared.
+    pub(crate) prefix_caching: bool,
 }
+
+/// By hash, blocks that a running request is about to compute. Of several that do, the first.
+pub(crate) type Coming = HashMap<u64, RequestId>;
 
 /// The owner of all requests.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    limits: Limits,
+    pub(super) limits: Limits,
     queue: Queue,
     /// Requests that hold blocks, oldest first.
-    running: BTreeMap<RequestId, Running>,
-    blocks: BlockPool,
+    pub(super) running: BTreeMap<RequestId, Running>,
+    pub(super) blocks: BlockPool,
+    pub(super) coming: Coming,
     /// Sequences that the shards are to forget with the next step.
     released: Vec<SequenceId>,
     /// Steps without an answer, oldest first.
     in_flight: VecDeque<InFlight>,
-    next_step: u64,
+    pub(super) next_step: u64,
     next_sequence: u64,
     /// Why nothing runs any more.
     failure: Option<Failure>,
@@ -106,6 +113,7 @@ impl Scheduler {
             queue: Queue::default(),
             running: BTreeMap::new(),
             blocks: BlockPool::new(limits.num_blocks),
+            coming: Coming::new(),
             released: Vec::new(),
             in_flight: VecDeque::new(),
             next_step: 1,
@@ -142,17 +150,32 @@ impl Scheduler {
         if self.failure.is_some() || self.in_flight.len() >= self.limits.steps_in_flight {
             return None;
         }
-        let running = self.running.values().map(Running::candidate).collect::<Vec<_>>();
-        let waiting = self.queue.iter().map(Entry::candidate);
-        let plan = batch::plan(&running, waiting, self.blocks.num_free(), &self.limits.budget);
-        for request in plan.preempt {
-            self.preempt(request);
-        }
+        let rows = self.plan();
         // A step without rows still tells the shards what to forget.
-        if plan.rows.is_empty() && self.released.is_empty() {
+        if rows.is_empty() && self.released.is_empty() {
             return None;
         }
-        Some(self.send(&plan.rows, now))
+        Some(self.send(&rows, now))
+    }
+
+    /// What to compute next, after preempting those who must give their blocks for it.
+    fn plan(&mut self) -> Vec<Row> {
+        let mut admits = true;
+        loop {
+            let running = self.running.values().map(|running| self.running_candidate(running));
+            let running = running.collect::<Vec<_>>();
+            let waiting = self.queue.iter().map(|entry| self.waiting_candidate(entry));
+            let supply = Supply { blocks: self.blocks.num_available(), admits };
+            match batch::plan(&running, waiting, supply, &self.limits.budget) {
+                Plan::Compute(rows) => return rows,
+                Plan::Preempt(Preempt::ForWaiting(request)) => self.preempt(request),
+                Plan::Preempt(Preempt::ForRunning(request)) => {
+                    // Letting another in would be to take his place.
+                    admits = false;
+                    self.preempt(request);
+                }
+            }
+        }
     }
 
     /// Why nothing runs any more, if so.
@@ -165,7 +188,8 @@ impl Scheduler {
         SchedulerGauges {
             queued: self.queue.len(),
             running: self.running.len(),
-            blocks_used: self.blocks.num_blocks() - self.blocks.num_free(),
+            blocks_used: self.blocks.num_blocks() - self.blocks.num_available(),
+            blocks_cached: self.blocks.num_cached(),
             blocks_total: self.blocks.num_blocks(),
         }
     }
@@ -177,14 +201,18 @@ impl Scheduler {
 
     /// Panics where the state contradicts itself. To be called between events.
     pub(crate) fn check_invariants(&self) {
-        self.blocks.check_invariants(
-            self.running.values().flat_map(|running| running.sequence.blocks.iter().copied()),
-        );
+        self.blocks.check_invariants(self.running.values().map(|running| &running.sequence.table));
+        self.check_announced();
         for Running { entry, sequence } in self.running.values() {
             let known = entry.len() + sequence.sampling;
             assert!(sequence.computed <= known, "{:?} is computed beyond its end", entry.id);
             let blocks = sequence.computed.div_ceil(self.limits.budget.block_size);
-            assert_eq!(sequence.blocks.len(), blocks, "{:?} holds other blocks than it needs", entry.id);
+            assert_eq!(
+                sequence.table.blocks().len(),
+                blocks,
+                "{:?} holds other blocks than it needs",
+                entry.id
+            );
             let rows = self.in_flight.iter().flat_map(|step| &step.rows);
             let rows = rows.filter(|row| row.sequence == sequence.id);
             assert_eq!(sequence.steps_in_flight, rows.clone().count(), "{:?} miscounts its steps", entry.id);
@@ -200,28 +228,23 @@ impl Scheduler {
         assert!(self.in_flight.len() <= self.limits.steps_in_flight, "too many steps in flight");
     }
 
-    fn submit(&mut self, Submission { id, request, events, submitted_at }: Submission) {
-        match &self.failure {
-            Some(failure) => events.fail(failure.clone()),
-            None => self.queue.push(Entry {
-                id,
-                request: Arc::new(request),
-                events,
-                submitted_at,
-                started: false,
-                generated: Vec::new(),
-                prompt_reported: 0,
-            }),
+    fn submit(&mut self, submission: Submission) {
+        if let Some(failure) = &self.failure {
+            submission.events.fail(failure.clone());
+            return;
         }
+        let Limits { prefix_caching, budget, .. } = &self.limits;
+        let block_size = if *prefix_caching { budget.block_size } else { usize::MAX };
+        self.queue.push(Entry::new(submission, block_size));
     }
 
     /// Takes a request out, wherever it is. Its blocks are free and its sequence is released with the next step.
     fn remove(&mut self, request: RequestId) -> Option<Entry> {
-        let Some(Running { entry, sequence }) = self.running.remove(&request) else {
-            return self.queue.remove(request);
-        };
+        let Some(running) = self.running.remove(&request) else { return self.queue.remove(request) };
+        self.withdraw_announced(&running);
+        let Running { entry, sequence } = running;
         self.released.push(sequence.id);
-        self.blocks.free(sequence.blocks);
+        self.blocks.release(&sequence.table);
         Some(entry)
     }
 
@@ -241,8 +264,9 @@ impl Scheduler {
         for method in self.in_flight.drain(..).filter_map(|step| step.method) {
             metrics::record_step_failed(method);
         }
+        self.coming.clear();
         for Running { entry, sequence } in std::mem::take(&mut self.running).into_values() {
-            self.blocks.free(sequence.blocks);
+            self.blocks.release(&sequence.table);
             entry.events.fail(failure.clone());
         }
         for entry in self.queue.drain() {
@@ -257,15 +281,19 @@ impl Scheduler {
         let release = std::mem::take(&mut self.released);
         let mut step = Step { id, release, admit: Vec::new(), schedule: Vec::with_capacity(rows.len()) };
         let mut in_flight = Vec::with_capacity(rows.len());
+        // What is found in the cache is taken before anything is evicted.
         for row in rows {
             if let Some(entry) = self.queue.remove(row.request) {
                 step.admit.push(self.admit(entry, now));
             }
+        }
+        for row in rows {
             let running =
                 self.running.get_mut(&row.request).expect("a planned request is running or was waiting");
-            let new_blocks = self.blocks.allocate(row.new_blocks);
+            let new_blocks = self.blocks.allocate(&mut running.sequence.table, row.new_blocks);
             in_flight.push(InFlightRow::new(running, row));
             step.schedule.push(running.schedule(row.num_tokens, new_blocks));
+            self.share(row.request);
         }
         let method = record_step(rows);
         self.in_flight.push_back(InFlight { id, rows: in_flight, method, sent_at: now });
@@ -274,26 +302,34 @@ impl Scheduler {
 
     /// Makes a waiting request a running one, under a new sequence id: shards never see one twice.
     fn admit(&mut self, mut entry: Entry, now: Instant) -> NewSequence {
-        entry.start(now);
+        let prompt_logprobs = entry.owes_prompt_logprobs();
+        let found = if prompt_logprobs { Match::default() } else { entry.found.get() };
+        let computed = found.num_blocks * self.limits.budget.block_size;
+        entry.start(now, computed);
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let sequence = Sequence {
             id,
-            blocks: Vec::new(),
-            computed: 0,
+            table: self.blocks.acquire(found),
+            num_acquired: found.num_blocks,
+            num_announced: 0,
+            computed,
+            answered: computed,
             sampling: 0,
             steps_in_flight: 0,
-            prompt_logprobs: entry.owes_prompt_logprobs(),
+            prompt_logprobs,
         };
         let new = NewSequence {
             id,
             tokens: entry.tokens(),
             request: Arc::clone(&entry.request),
             computed_tokens: sequence.computed,
-            block_ids: sequence.blocks.clone(),
+            block_ids: sequence.table.blocks().to_vec(),
             prompt_logprobs: sequence.prompt_logprobs,
         };
-        self.running.insert(entry.id, Running { entry, sequence });
+        let request = entry.id;
+        self.running.insert(request, Running { entry, sequence });
+        self.announce(request);
         new
     }
 
@@ -345,9 +381,11 @@ impl Scheduler {
         }
         running.sequence.steps_in_flight -= 1;
         running.sequence.sampling -= usize::from(row.samples);
+        running.sequence.answered = row.first + row.num_tokens;
         let (prompt, outcome) =
             output.map_or((Vec::new(), Outcome::Nothing), |output| (output.prompt, output.outcome));
         if outcome == Outcome::InvalidLogits {
+            self.forget_computed(row.request);
             if let Some(entry) = self.remove(row.request) {
                 entry.events.fail(Failure::InvalidLogits);
             }
@@ -376,10 +414,15 @@ impl Scheduler {
                 running.entry.report_token(token, None);
             }
             (Outcome::Ended(token, end), true) => {
+                // The last token's keys and values are not computed, even if a step in flight was to do it.
+                running.sequence.computed = running.entry.len();
                 running.entry.report_token(token, Some(end));
+                self.share(row.request);
                 self.remove(row.request);
+                return Ok(());
             }
         }
+        self.share(row.request);
         Ok(())
     }
 }
@@ -410,11 +453,10 @@ impl InFlightRow {
 }
 
 impl Running {
-    /// Counts tokens as computed and blocks as its own from the moment that the step is on its way.
+    /// Counts tokens as computed from the moment that the step is on its way.
     fn schedule(&mut self, num_tokens: usize, new_blocks: Vec<BlockId>) -> Scheduled {
         let known = self.len();
         let sequence = &mut self.sequence;
-        sequence.blocks.extend_from_slice(&new_blocks);
         sequence.computed += num_tokens;
         sequence.steps_in_flight += 1;
         sequence.sampling += usize::from(sequence.computed == known);

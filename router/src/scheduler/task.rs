@@ -20,7 +20,10 @@ pub(crate) async fn run(
 ) {
     // Whatever ends this task, a panic included, the door must not stay open.
     let _closed = FailOnDrop(Arc::clone(&status));
-    while let Some(event) = select(&scheduler, &mut events, &mut shards).await {
+    loop {
+        // Shards that have failed have nothing more to say.
+        let serving = scheduler.failure().is_none().then_some(&mut shards);
+        let Some(event) = select(&mut events, serving).await else { return };
         let now = Instant::now();
         let answered = matches!(event, Event::StepDone(_));
         Stage::Apply.time(|| scheduler.apply(event, now));
@@ -43,13 +46,10 @@ pub(crate) async fn run(
 
 /// The next thing that happens; nothing when there is nobody left to whom something can happen. Cancel-safe.
 async fn select(
-    scheduler: &Scheduler,
     events: &mut mpsc::UnboundedReceiver<Event>,
-    shards: &mut ShardGroup,
+    shards: Option<&mut ShardGroup>,
 ) -> Option<Event> {
-    if scheduler.failure().is_some() {
-        return events.recv().await;
-    }
+    let Some(shards) = shards else { return events.recv().await };
     tokio::select! {
         event = events.recv() => event,
         answer = shards.next_answer() => Some(match answer {

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use proto::units::TokenId;
 use tokio::sync::mpsc;
 
-use super::model_shard::{ModelShard, Transcript};
+use super::model_shard::{ModelShard, Transcript, alone};
 use crate::scheduler::batch::{Budget, Step};
 use crate::scheduler::handle::SchedulerHandle;
 use crate::scheduler::request::{
@@ -34,6 +34,7 @@ pub(super) const LIMITS: Limits = Limits {
     num_blocks: 64,
     budget: Budget { max_prefill_tokens: 16, max_sequences: 8, block_size: 4 },
     steps_in_flight: 1,
+    prefix_caching: true,
 };
 
 /// A request for `max_new_tokens`, whatever is sampled. Its prompt is made from `first`, which makes it unlike others.
@@ -48,6 +49,12 @@ pub(super) fn request(first: u32, prompt_tokens: usize, max_new_tokens: u32) -> 
         standing: Standing::default(),
         cache_namespace: CacheNamespace::default(),
     }
+}
+
+/// The same, for a tenant of its own.
+pub(super) fn salted(salt: &str, request: TokenRequest) -> TokenRequest {
+    let cache_namespace = CacheNamespace { adapter: None, salt: Some(salt.into()) };
+    TokenRequest { cache_namespace, ..request }
 }
 
 pub(super) struct House {
@@ -72,6 +79,8 @@ pub(super) struct Reader {
     pub(super) stream: Option<TokenStream>,
     pub(super) transcript: Transcript,
     pub(super) starts: usize,
+    /// Tokens of its prompt that came from the cache.
+    pub(super) cached_tokens: usize,
     pub(super) failure: Option<Failure>,
     /// Whether the stream has ended.
     pub(super) ended: bool,
@@ -107,6 +116,7 @@ impl House {
             stream: Some(stream),
             transcript: Transcript::default(),
             starts: 0,
+            cached_tokens: 0,
             failure: None,
             ended: false,
         }));
@@ -181,6 +191,18 @@ impl House {
         panic!("requests do not come to an end");
     }
 
+    /// Tokens that were computed by all steps so far.
+    pub(super) fn computed_tokens(&self) -> usize {
+        self.sent.iter().flat_map(|step| &step.schedule).map(|row| row.num_tokens).sum()
+    }
+
+    /// Panics unless each reader got what it gets alone.
+    pub(super) fn check_all_as_alone(&self) {
+        for reader in &self.readers {
+            assert_eq!(reader.transcript, alone(&reader.request), "{:?}", reader.request);
+        }
+    }
+
     /// Panics unless everything was given back.
     pub(super) fn check_empty(&self) {
         let gauges = self.scheduler.gauges();
@@ -206,7 +228,8 @@ impl Reader {
     fn take(&mut self, event: TokenEvent) {
         assert!(!self.ended, "nothing follows the last event");
         match event {
-            TokenEvent::Started { .. } => {
+            TokenEvent::Started { cached_tokens, .. } => {
+                self.cached_tokens = cached_tokens;
                 assert!(self.transcript == Transcript::default(), "a request starts before all else");
                 self.starts += 1;
             }

@@ -1,5 +1,6 @@
 //! The scheduler driven by made-up events, against a model of a shard that checks every step it is given.
 
+mod caching;
 mod house;
 mod model_shard;
 mod promises;

@@ -1,6 +1,6 @@
 //! A shard in a hundred lines: it verifies steps as strictly as a real one, and its next token is a hash of all the
-//! tokens before it, read back from the KV blocks. A block that is given to two sequences, written late or freed early
-//! therefore changes the output.
+//! tokens before it, as they are in the KV blocks. It panics where a sequence reads anything but its own prefix, so a block
+//! that is shared too early, written late or freed early is noticed.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,7 +23,8 @@ pub(super) struct ModelShard {
     limits: Limits,
     /// What a slot holds: the hash of all tokens up to its own.
     slots: Vec<u64>,
-    owners: HashMap<BlockId, SequenceId>,
+    /// Who may read a block. More than one: then nobody writes to it.
+    users: HashMap<BlockId, HashSet<SequenceId>>,
     sequences: HashMap<SequenceId, Sequence>,
     known: HashSet<SequenceId>,
     last_step: u64,
@@ -43,7 +44,7 @@ impl ModelShard {
         Self {
             limits,
             slots: vec![0; limits.num_blocks as usize * limits.budget.block_size],
-            owners: HashMap::new(),
+            users: HashMap::new(),
             sequences: HashMap::new(),
             known: HashSet::new(),
             last_step: 0,
@@ -61,7 +62,7 @@ impl ModelShard {
         self.last_step = step.id;
         for sequence in &step.release {
             assert!(self.sequences.remove(sequence).is_some(), "{sequence} is released and was not there");
-            self.owners.retain(|_, owner| owner != sequence);
+            self.users.retain(|_, users| !users.remove(sequence) || !users.is_empty());
         }
         for new in &step.admit {
             self.admit(new);
@@ -85,15 +86,24 @@ impl ModelShard {
 
     fn admit(&mut self, new: &NewSequence) {
         assert!(self.known.insert(new.id), "{} is used twice", new.id);
-        assert!(
-            new.tokens.starts_with(&new.request.prompt)
-                && new.computed_tokens == 0
-                && new.block_ids.is_empty()
+        assert!(new.tokens.starts_with(&new.request.prompt));
+        assert!(new.computed_tokens < new.tokens.len(), "something is left to compute");
+        assert_eq!(
+            new.computed_tokens,
+            new.block_ids.len() * self.limits.budget.block_size,
+            "full blocks are shared"
         );
+        assert!(
+            new.computed_tokens == 0 || !new.prompt_logprobs,
+            "log-probabilities need the logits of each position"
+        );
+        for block in &new.block_ids {
+            self.users.entry(*block).or_default().insert(new.id);
+        }
         let sequence = Sequence {
             tokens: new.tokens.clone(),
-            blocks: Vec::new(),
-            computed: 0,
+            blocks: new.block_ids.clone(),
+            computed: new.computed_tokens,
             request: Arc::clone(&new.request),
             prompt_logprobs: new.prompt_logprobs,
             ended: false,
@@ -117,8 +127,8 @@ impl ModelShard {
         let id = scheduled.sequence;
         for &block in &scheduled.new_blocks {
             assert!(block.0 < self.limits.num_blocks, "{block} is in the cache");
-            let owner = self.owners.insert(block, id);
-            assert_eq!(owner, None, "{block} is given to {id} while it is used");
+            let before = self.users.insert(block, HashSet::from([id]));
+            assert_eq!(before, None, "{block} is given to {id} while it is used");
         }
         let block_size = self.limits.budget.block_size;
         let sequence = self.sequences.get_mut(&id).expect("a scheduled sequence was admitted");
@@ -130,11 +140,17 @@ impl ModelShard {
         let slot = |position: usize| {
             sequence.blocks[position / block_size].0 as usize * block_size + position % block_size
         };
-        let mut hash = if first == 0 { 0 } else { self.slots[slot(first - 1)] };
+        let mut hash = 0;
+        for position in 0..first {
+            hash = mix(hash, sequence.tokens[position]);
+            assert_eq!(self.slots[slot(position)], hash, "{id} reads position {position} of another prefix");
+        }
         let mut prompt = Vec::new();
         for position in first..end {
             hash = mix(hash, sequence.tokens[position]);
             self.slots[slot(position)] = hash;
+            let users = &self.users[&sequence.blocks[position / block_size]];
+            assert!(users.len() == 1 && users.contains(&id), "{id} writes to a block that others read");
             if let Some(&next) = sequence.request.prompt.get(position + 1)
                 && sequence.prompt_logprobs
             {

@@ -19,21 +19,32 @@ enum Op {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    (2..60_u32, 1..9_usize, 1..40_usize, 1..7_usize, 1..4_usize).prop_map(
-        |(num_blocks, block_size, max_prefill_tokens, max_sequences, steps_in_flight)| Limits {
-            num_blocks,
-            budget: Budget { max_prefill_tokens, max_sequences, block_size },
-            steps_in_flight,
+    let caching = prop::bool::weighted(0.9);
+    (2..60_u32, 1..9_usize, 1..40_usize, 1..7_usize, 1..4_usize, caching).prop_map(
+        |(num_blocks, block_size, max_prefill_tokens, max_sequences, steps_in_flight, prefix_caching)| {
+            Limits {
+                num_blocks,
+                budget: Budget { max_prefill_tokens, max_sequences, block_size },
+                steps_in_flight,
+                prefix_caching,
+            }
         },
     )
 }
 
 fn token_request() -> impl Strategy<Value = TokenRequest> {
-    let prompt = prop::collection::vec((0..50_u32).prop_map(TokenId), 1..60);
+    // One of a few beginnings, cut somewhere, and an end of its own.
+    let stem = (0..3_u32, 0..50_u32);
+    let end = prop::collection::vec((0..50_u32).prop_map(TokenId), 1..20);
+    let prompt = (stem, end).prop_map(|((stem, len), end)| {
+        (0..len).map(|position| TokenId(stem * 100 + position)).chain(end).collect::<Vec<_>>()
+    });
+    let salt = prop_oneof![3 => Just(None), 1 => Just(Some("a")), 1 => Just(Some("b"))];
     // Longer than the channel to the reader, so that those who do not read stall.
     let max_new_tokens = prop_oneof![3 => 1..20_u32, 1 => 60..160_u32];
-    (prompt, max_new_tokens, any::<bool>(), any::<bool>(), prop::bool::weighted(0.05)).prop_map(
-        |(mut prompt, max_new_tokens, ignore_eos, prompt_logprobs, poisoned)| {
+    let prompt_logprobs = prop::bool::weighted(0.2);
+    (prompt, max_new_tokens, any::<bool>(), prompt_logprobs, prop::bool::weighted(0.05), salt).prop_map(
+        |(mut prompt, max_new_tokens, ignore_eos, prompt_logprobs, poisoned, salt)| {
             if poisoned {
                 prompt[0] = POISON;
             }
@@ -45,7 +56,7 @@ fn token_request() -> impl Strategy<Value = TokenRequest> {
                 top_n_tokens: 1,
                 prompt_logprobs,
                 standing: Standing::default(),
-                cache_namespace: CacheNamespace::default(),
+                cache_namespace: CacheNamespace { adapter: None, salt: salt.map(Into::into) },
             }
         },
     )
