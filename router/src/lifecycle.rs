@@ -144,6 +144,7 @@ fn new_serving(
         max_total_tokens: info.max_total_tokens,
         vocab_size: info.vocab_size,
         max_concurrent_requests: config.max_concurrent_requests,
+        request_timeout: config.request_timeout(),
     };
     let workers = TextWorkers::new(config.max_concurrent_requests);
     let validator = Validator { tokenizer: Arc::clone(tokenizer), chat_template, workers, limits };

@@ -2,13 +2,15 @@
 //!
 //! Answers that are not streamed are collected from the same events, so they cannot differ from streamed ones.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{BoxStream, StreamExt};
 use proto::units::TokenId;
 
-use crate::metrics;
+use crate::metrics::{self, Stage};
 use crate::scheduler::{EndReason, Failure, Token, TokenEvent};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop_strings::StopStrings;
@@ -45,6 +47,8 @@ pub(crate) struct Ended {
     pub(crate) reason: FinishReason,
     /// Tokens generated, the end-of-sequence token included.
     pub(crate) generated_tokens: u32,
+    /// Tokens of the prompt that were in the prefix cache when it began.
+    pub(crate) cached_tokens: usize,
     /// Where the time went.
     pub(crate) timings: Timings,
 }
@@ -102,6 +106,7 @@ pub(crate) struct GenerationStream {
     detokenizer: Detokenizer,
     stop: StopStrings,
     generated_tokens: u32,
+    cached_tokens: usize,
     queue_time: Duration,
     arrived: Instant,
     submitted: Instant,
@@ -117,6 +122,7 @@ impl GenerationStream {
             tokenizer,
             stop: input.stop,
             generated_tokens: 0,
+            cached_tokens: 0,
             queue_time: Duration::ZERO,
             arrived: input.arrived,
             submitted: Instant::now(),
@@ -126,22 +132,26 @@ impl GenerationStream {
 
     /// The next event; none after the last one, which is a `Token` with an `end`, or `Failed`.
     pub(crate) async fn next(&mut self) -> Option<GenerationEvent> {
-        loop {
-            match self.events.as_mut()?.next().await {
-                Some(TokenEvent::Started { queue_time, .. }) => self.queue_time = queue_time,
-                Some(TokenEvent::Prompt(tokens)) => return Some(GenerationEvent::Prompt(tokens)),
-                Some(TokenEvent::Token { token, end }) => return Some(self.token(token, end)),
-                Some(TokenEvent::Failed(failure)) => return Some(self.fail(failure)),
-                // Streams end with an end; whoever breaks this has gone away.
-                None => return Some(self.fail(Failure::Shards("the scheduler has stopped".to_owned()))),
-            }
-        }
+        poll_fn(|context| self.poll_next(context)).await
     }
 
-    /// As a `Stream`.
-    pub(crate) fn into_stream(self) -> BoxStream<'static, GenerationEvent> {
-        stream::unfold(self, |mut stream| async move { stream.next().await.map(|event| (event, stream)) })
-            .boxed()
+    /// The next event, if it has happened.
+    pub(crate) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
+        loop {
+            let Some(events) = &mut self.events else { return Poll::Ready(None) };
+            let event = match ready!(events.poll_next_unpin(context)) {
+                Some(TokenEvent::Started { queue_time, cached_tokens }) => {
+                    (self.queue_time, self.cached_tokens) = (queue_time, cached_tokens);
+                    continue;
+                }
+                Some(TokenEvent::Prompt(tokens)) => GenerationEvent::Prompt(tokens),
+                Some(TokenEvent::Token { token, end }) => self.token(token, end),
+                Some(TokenEvent::Failed(failure)) => self.fail(failure),
+                // Streams end with an end; whoever breaks this has gone away.
+                None => self.fail(Failure::Shards("the scheduler has stopped".to_owned())),
+            };
+            return Poll::Ready(Some(event));
+        }
     }
 
     /// Waits for the end.
@@ -165,7 +175,8 @@ impl GenerationStream {
     }
 
     fn token(&mut self, token: Token, end: Option<EndReason>) -> GenerationEvent {
-        self.record_token_time();
+        let now = Instant::now();
+        self.record_token_time(now);
         self.generated_tokens += 1;
         let piece = self.detokenizer.push(token.id);
         let mut watched = self.stop.push(piece);
@@ -184,6 +195,7 @@ impl GenerationStream {
             None => None,
         };
         let special = self.tokenizer.is_special(token.id);
+        Stage::Detokenize.done(now);
         let end = reason.map(|reason| self.end(reason));
         GenerationEvent::Token(GeneratedToken { token, special, text: watched.text, end })
     }
@@ -197,7 +209,8 @@ impl GenerationStream {
             inference,
             generated_tokens: self.generated_tokens,
         });
-        Ended { reason, generated_tokens: self.generated_tokens, timings }
+        let Self { generated_tokens, cached_tokens, .. } = *self;
+        Ended { reason, generated_tokens, cached_tokens, timings }
     }
 
     fn fail(&mut self, failure: Failure) -> GenerationEvent {
@@ -205,8 +218,7 @@ impl GenerationStream {
         GenerationEvent::Failed(failure)
     }
 
-    fn record_token_time(&mut self) {
-        let now = Instant::now();
+    fn record_token_time(&mut self, now: Instant) {
         match self.last_token.replace(now) {
             None => metrics::record_first_token(now - self.arrived),
             Some(before) => metrics::record_next_token(now - before),
@@ -224,6 +236,8 @@ impl Drop for GenerationStream {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use futures::stream;
+
     use super::*;
     use crate::text::stop_strings::StopText;
     use crate::text::tokenizer::tests::byte_level;

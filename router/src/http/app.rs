@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{BoxStream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::config::RouterConfig;
@@ -58,13 +58,7 @@ impl Backend for SchedulerHandle {
         requests: Vec<TokenRequest>,
     ) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
         let streams = SchedulerHandle::submit(self, requests)?;
-        let into_stream = |stream| {
-            stream::unfold(stream, |mut stream: crate::scheduler::TokenStream| async move {
-                stream.next().await.map(|event| (event, stream))
-            })
-            .boxed()
-        };
-        Ok(streams.into_iter().map(into_stream).collect())
+        Ok(streams.into_iter().map(StreamExt::boxed).collect())
     }
 
     fn status(&self) -> Status {
@@ -93,6 +87,8 @@ pub(crate) struct Generation {
     pub(crate) sequences: Vec<TokenRequest>,
     /// Tokens of the prompts, each counted once.
     pub(crate) prompt_tokens: usize,
+    /// How many of `streams` continue the same prompt.
+    pub(crate) choices_per_prompt: usize,
     /// When the request arrived.
     pub(crate) arrived: Instant,
     /// Time spent on checking, templating and tokenizing.
@@ -194,6 +190,7 @@ impl App {
             streams,
             sequences: valid.sequences,
             prompt_tokens: valid.prompt_tokens,
+            choices_per_prompt: valid.choices_per_prompt,
             arrived,
             validation_time,
         })

@@ -1,68 +1,35 @@
 //! `POST /v1/chat/completions`.
 
-use std::sync::Arc;
-use std::time::Instant;
-
-use axum::Json;
-use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::app::{App, Generation};
-use super::error::{self, OpenAiError};
 use super::fields::Fields;
-use super::openai::{self, Head, ReportedUsage, Streaming, TokenLogprob, Usage};
-use super::sse::{self, Frames};
+use super::openai::{self, Endpoint, TokenLogprob};
 use crate::error::RequestError;
-use crate::metrics;
-use crate::scheduler::Failure;
 use crate::stream::{Generated, GeneratedToken};
 use crate::text::chat_template::Conversation;
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{Dialect, GenerationRequest, Prompt};
+use crate::validate::{Dialect, GenerationRequest, Prompt, StandingParameters};
 
-/// Answers a chat, at once or as a stream.
-pub(super) async fn chat_completions(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, OpenAiError> {
-    metrics::record_request();
-    answer(&app, request).await.map_err(|error| {
-        error::record(&error);
-        error.into()
-    })
-}
-
-async fn answer(app: &Arc<App>, request: Request) -> Result<Response, RequestError> {
-    let arrived = Instant::now();
-    app.serving()?;
-    let chat = ChatRequest::take(Fields::read(request).await?)?;
-    let generation = app.generate(chat.generation, arrived).await?;
-    if chat.streaming.stream {
-        let frames = ChatFrames {
-            head: Head::new("chatcmpl", "chat.completion.chunk", &app.model_name),
-            tokenizer: Arc::clone(&app.tokenizer),
-            logprobs: chat.logprobs,
-            include_usage: chat.streaming.include_usage,
-            begun: vec![false; generation.streams.len()],
-            prompt_tokens: generation.prompt_tokens,
-            completion_tokens: 0,
-        };
-        return sse::response(generation.streams, frames).await;
-    }
-    whole(app, chat.logprobs, generation).await
-}
-
-/// What the client wrote.
-struct ChatRequest {
-    generation: GenerationRequest,
-    streaming: Streaming,
+/// Continues a chat.
+pub(super) struct ChatCompletions {
     logprobs: bool,
 }
 
-impl ChatRequest {
-    fn take(mut fields: Fields) -> Result<Self, RequestError> {
+impl Endpoint for ChatCompletions {
+    const ID_PREFIX: &'static str = "chatcmpl";
+    const WHOLE: &'static str = "chat.completion";
+    const CHUNK: &'static str = "chat.completion.chunk";
+
+    type WholeChoice = WholeChoice;
+    type ChunkChoice<'a> = ChunkChoice<'a>;
+    /// Whether the first chunk was sent.
+    type Progress = bool;
+
+    fn take(
+        fields: &mut Fields,
+        standing: StandingParameters,
+    ) -> Result<(GenerationRequest, Self), RequestError> {
         let messages: Vec<Map<String, Value>> = fields.require("messages")?;
         let messages: Vec<Value> = messages.into_iter().map(message).collect::<Result<_, _>>()?;
         if messages.is_empty() {
@@ -73,12 +40,11 @@ impl ChatRequest {
         }
         let tools: Option<Vec<Value>> = fields.take("tools")?;
         let tools = tools.filter(|tools| !tools.is_empty());
-        let tools = match ToolChoice::take(&mut fields)? {
+        let tools = match ToolChoice::take(fields)? {
             ToolChoice::Auto => tools,
             ToolChoice::None => None,
         };
-        check_response_format(&mut fields)?;
-        openai::refuse_unsupported(&mut fields)?;
+        check_response_format(fields)?;
         fields.refuse("functions", |_| false, "use `tools`")?;
         fields.refuse("function_call", |value| value == "auto" || value == "none", "use `tools`")?;
         fields.refuse("audio", |_| false, "the model gives text")?;
@@ -98,7 +64,7 @@ impl ChatRequest {
         let generation = GenerationRequest {
             prompt: Prompt::Chat(Conversation { messages, tools, variables: variables.unwrap_or_default() }),
             dialect: Dialect::OpenAi,
-            sampling: openai::take_sampling(&mut fields)?,
+            sampling: openai::take_sampling(fields)?,
             max_new_tokens: fields.take("max_completion_tokens")?.or(max_tokens),
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             top_n_tokens: top_logprobs.unwrap_or(0),
@@ -106,13 +72,44 @@ impl ChatRequest {
             stop: fields.strings("stop")?,
             n: fields.take("n")?.unwrap_or(1),
             truncate: None,
+            standing,
         };
-        let streaming = openai::take_streaming(&mut fields)?;
         // Any name is answered by the model that there is.
         fields.without_effect(&["model", "reasoning_effort"]);
-        fields.without_effect(openai::WITHOUT_EFFECT);
-        fields.finish();
-        Ok(Self { generation, streaming, logprobs })
+        Ok((generation, Self { logprobs }))
+    }
+
+    fn whole(&self, tokenizer: &Tokenizer, index: usize, generated: Generated) -> WholeChoice {
+        WholeChoice {
+            index,
+            logprobs: self.logprobs.then(|| Logprobs::new(tokenizer, &generated.tokens)),
+            finish_reason: openai::finish_reason(generated.end.reason),
+            message: Message { role: "assistant", content: generated.text },
+        }
+    }
+
+    fn chunks<'a>(
+        &self,
+        tokenizer: &Tokenizer,
+        index: usize,
+        begun: &mut bool,
+        token: &'a GeneratedToken,
+        mut write: impl FnMut(ChunkChoice<'a>),
+    ) {
+        let choice = |delta| ChunkChoice { index, delta, logprobs: None, finish_reason: None };
+        if !std::mem::replace(begun, true) {
+            write(choice(Delta { role: Some("assistant"), content: Some("") }));
+        }
+        let logprobs = (self.logprobs && openai::is_content(token))
+            .then(|| Logprobs::new(tokenizer, std::slice::from_ref(token)));
+        if !token.text.is_empty() || logprobs.is_some() {
+            let delta = Delta { role: None, content: Some(&token.text) };
+            write(ChunkChoice { logprobs, ..choice(delta) });
+        }
+        if let Some(end) = &token.end {
+            let finish_reason = Some(openai::finish_reason(end.reason));
+            write(ChunkChoice { finish_reason, ..choice(Delta::default()) });
+        }
     }
 }
 
@@ -203,36 +200,8 @@ fn check_response_format(fields: &mut Fields) -> Result<(), RequestError> {
     }
 }
 
-/// The answer in one piece.
-async fn whole(app: &App, logprobs: bool, generation: Generation) -> Result<Response, RequestError> {
-    let prompt_tokens = generation.prompt_tokens;
-    let choices = generation.collect().await?;
-    let completion_tokens = choices.iter().map(|choice| choice.end.generated_tokens as usize).sum();
-    let choices = choices
-        .into_iter()
-        .enumerate()
-        .map(|(index, choice)| WholeChoice {
-            index,
-            logprobs: logprobs.then(|| Logprobs::all(&app.tokenizer, &choice)),
-            finish_reason: openai::finish_reason(choice.end.reason),
-            message: Message { role: "assistant", content: choice.text },
-        })
-        .collect();
-    let head = Head::new("chatcmpl", "chat.completion", &app.model_name);
-    Ok(Json(ChatCompletion { head, choices, usage: Usage::new(prompt_tokens, completion_tokens) })
-        .into_response())
-}
-
 #[derive(Serialize)]
-struct ChatCompletion {
-    #[serde(flatten)]
-    head: Head,
-    choices: Vec<WholeChoice>,
-    usage: Usage,
-}
-
-#[derive(Serialize)]
-struct WholeChoice {
+pub(super) struct WholeChoice {
     index: usize,
     message: Message,
     logprobs: Option<Logprobs>,
@@ -251,93 +220,24 @@ struct Logprobs {
 }
 
 impl Logprobs {
-    fn all(tokenizer: &Tokenizer, choice: &Generated) -> Self {
-        let content = choice.tokens.iter().filter(|token| openai::is_content(token));
+    fn new(tokenizer: &Tokenizer, tokens: &[GeneratedToken]) -> Self {
+        let content = tokens.iter().filter(|token| openai::is_content(token));
         Self { content: content.map(|token| TokenLogprob::new(tokenizer, &token.token)).collect() }
     }
-
-    fn one(tokenizer: &Tokenizer, token: &GeneratedToken) -> Self {
-        Self { content: vec![TokenLogprob::new(tokenizer, &token.token)] }
-    }
-}
-
-/// The answer in chunks.
-struct ChatFrames {
-    head: Head,
-    tokenizer: Arc<Tokenizer>,
-    logprobs: bool,
-    include_usage: bool,
-    /// Of each choice, whether its first chunk was sent.
-    begun: Vec<bool>,
-    prompt_tokens: usize,
-    completion_tokens: usize,
 }
 
 #[derive(Serialize)]
-struct Chunk<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: Vec<Choice>,
-    #[serde(skip_serializing_if = "ReportedUsage::is_absent")]
-    usage: ReportedUsage,
-}
-
-#[derive(Serialize)]
-struct Choice {
+pub(super) struct ChunkChoice<'a> {
     index: usize,
-    delta: Delta,
+    delta: Delta<'a>,
     logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
 }
 
 #[derive(Default, Serialize)]
-struct Delta {
+struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<String>,
-}
-
-impl ChatFrames {
-    fn chunk(&self, choice: Choice) -> String {
-        let usage = ReportedUsage::later(self.include_usage);
-        sse::data(&Chunk { head: &self.head, choices: vec![choice], usage })
-    }
-}
-
-impl Frames for ChatFrames {
-    fn token(&mut self, index: usize, token: GeneratedToken) -> String {
-        let mut frames = String::new();
-        if !std::mem::replace(&mut self.begun[index], true) {
-            let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
-            frames += &self.chunk(Choice { index, delta, logprobs: None, finish_reason: None });
-        }
-        let logprobs =
-            (self.logprobs && openai::is_content(&token)).then(|| Logprobs::one(&self.tokenizer, &token));
-        if !token.text.is_empty() || logprobs.is_some() {
-            let delta = Delta { role: None, content: Some(token.text) };
-            frames += &self.chunk(Choice { index, delta, logprobs, finish_reason: None });
-        }
-        if let Some(end) = token.end {
-            self.completion_tokens += end.generated_tokens as usize;
-            let finish_reason = Some(openai::finish_reason(end.reason));
-            frames += &self.chunk(Choice { index, delta: Delta::default(), logprobs: None, finish_reason });
-        }
-        frames
-    }
-
-    fn failed(&mut self, failure: Failure) -> String {
-        let failure = RequestError::Failed(failure);
-        error::record(&failure);
-        sse::data(&error::openai_body(&failure))
-    }
-
-    fn end(&mut self) -> String {
-        let mut frames = String::new();
-        if self.include_usage {
-            let usage = ReportedUsage::Now(Usage::new(self.prompt_tokens, self.completion_tokens));
-            frames += &sse::data(&Chunk { head: &self.head, choices: Vec::new(), usage });
-        }
-        frames + openai::DONE
-    }
+    content: Option<&'a str>,
 }

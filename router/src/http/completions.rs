@@ -1,26 +1,17 @@
 //! `POST /v1/completions`.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::borrow::Cow;
 
-use axum::Json;
-use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
 use proto::units::TokenId;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::app::{App, Generation};
-use super::error::{self, OpenAiError};
 use super::fields::Fields;
-use super::openai::{self, Head, ReportedUsage, Streaming, Usage};
-use super::sse::{self, Frames};
+use super::openai::{self, Endpoint};
 use crate::error::RequestError;
-use crate::metrics;
-use crate::scheduler::Failure;
-use crate::stream::GeneratedToken;
+use crate::stream::{Generated, GeneratedToken};
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{Dialect, GenerationRequest, Prompt};
+use crate::validate::{Dialect, GenerationRequest, Prompt, StandingParameters};
 
 /// OpenAI's default for this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -28,49 +19,26 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 /// OpenAI's limit of `logprobs` for this endpoint.
 const MAX_LOGPROBS: u32 = 5;
 
-/// Continues one or several prompts, at once or as a stream.
-pub(super) async fn completions(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, OpenAiError> {
-    metrics::record_request();
-    answer(&app, request).await.map_err(|error| {
-        error::record(&error);
-        error.into()
-    })
-}
-
-async fn answer(app: &Arc<App>, request: Request) -> Result<Response, RequestError> {
-    let arrived = Instant::now();
-    app.serving()?;
-    let completion = CompletionRequest::take(Fields::read(request).await?)?;
-    let generation = app.generate(completion.generation, arrived).await?;
-    if completion.streaming.stream {
-        let frames = CompletionFrames {
-            head: Head::new("cmpl", "text_completion", &app.model_name),
-            tokenizer: Arc::clone(&app.tokenizer),
-            logprobs: completion.logprobs,
-            include_usage: completion.streaming.include_usage,
-            text_chars: vec![0; generation.streams.len()],
-            prompt_tokens: generation.prompt_tokens,
-            completion_tokens: 0,
-        };
-        return sse::response(generation.streams, frames).await;
-    }
-    whole(app, completion.logprobs, generation).await
-}
-
-/// What the client wrote.
-struct CompletionRequest {
-    generation: GenerationRequest,
-    streaming: Streaming,
+/// Continues one or several prompts.
+pub(super) struct Completions {
     logprobs: bool,
 }
 
-impl CompletionRequest {
-    fn take(mut fields: Fields) -> Result<Self, RequestError> {
+impl Endpoint for Completions {
+    const ID_PREFIX: &'static str = "cmpl";
+    const WHOLE: &'static str = "text_completion";
+    const CHUNK: &'static str = "text_completion";
+
+    type WholeChoice = Choice<'static>;
+    type ChunkChoice<'a> = Choice<'a>;
+    /// Characters sent.
+    type Progress = usize;
+
+    fn take(
+        fields: &mut Fields,
+        standing: StandingParameters,
+    ) -> Result<(GenerationRequest, Self), RequestError> {
         let prompt = prompt(fields.require("prompt")?)?;
-        openai::refuse_unsupported(&mut fields)?;
         let empty = |value: &Value| value.as_str() == Some("");
         fields.refuse("suffix", empty, "preprocess the prompt, if the model was trained to fill in")?;
         fields.refuse(
@@ -91,7 +59,7 @@ impl CompletionRequest {
         let generation = GenerationRequest {
             prompt,
             dialect: Dialect::OpenAi,
-            sampling: openai::take_sampling(&mut fields)?,
+            sampling: openai::take_sampling(fields)?,
             max_new_tokens: Some(fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             top_n_tokens: logprobs.unwrap_or(0),
@@ -99,13 +67,46 @@ impl CompletionRequest {
             stop: fields.strings("stop")?,
             n: fields.take("n")?.unwrap_or(1),
             truncate: None,
+            standing,
         };
-        let streaming = openai::take_streaming(&mut fields)?;
         // Any name is answered by the model that there is.
         fields.without_effect(&["model"]);
-        fields.without_effect(openai::WITHOUT_EFFECT);
-        fields.finish();
-        Ok(Self { generation, streaming, logprobs: logprobs.is_some() })
+        Ok((generation, Self { logprobs: logprobs.is_some() }))
+    }
+
+    fn whole(&self, tokenizer: &Tokenizer, index: usize, generated: Generated) -> Choice<'static> {
+        let logprobs = self.logprobs.then(|| {
+            let mut logprobs = Logprobs::default();
+            let mut text_chars = 0;
+            for token in &generated.tokens {
+                logprobs.push(tokenizer, token, text_chars);
+                text_chars += token.text.chars().count();
+            }
+            logprobs
+        });
+        let finish_reason = Some(openai::finish_reason(generated.end.reason));
+        Choice { index, text: generated.text.into(), logprobs, finish_reason }
+    }
+
+    fn chunks<'a>(
+        &self,
+        tokenizer: &Tokenizer,
+        index: usize,
+        text_chars: &mut usize,
+        token: &'a GeneratedToken,
+        mut write: impl FnMut(Choice<'a>),
+    ) {
+        let logprobs = (self.logprobs && openai::is_content(token)).then(|| {
+            let mut logprobs = Logprobs::default();
+            logprobs.push(tokenizer, token, *text_chars);
+            logprobs
+        });
+        *text_chars += token.text.chars().count();
+        if token.text.is_empty() && logprobs.is_none() && token.end.is_none() {
+            return;
+        }
+        let finish_reason = token.end.as_ref().map(|end| openai::finish_reason(end.reason));
+        write(Choice { index, text: token.text.as_str().into(), logprobs, finish_reason });
     }
 }
 
@@ -132,50 +133,10 @@ fn prompt(given: Value) -> Result<Prompt, RequestError> {
     }
 }
 
-/// The answer in one piece.
-async fn whole(app: &App, logprobs: bool, generation: Generation) -> Result<Response, RequestError> {
-    let prompt_tokens = generation.prompt_tokens;
-    let choices = generation.collect().await?;
-    let completion_tokens = choices.iter().map(|choice| choice.end.generated_tokens as usize).sum();
-    let choices = choices
-        .into_iter()
-        .enumerate()
-        .map(|(index, choice)| {
-            let logprobs = logprobs.then(|| {
-                let mut logprobs = Logprobs::default();
-                let mut text_chars = 0;
-                for token in &choice.tokens {
-                    logprobs.push(&app.tokenizer, token, text_chars);
-                    text_chars += token.text.chars().count();
-                }
-                logprobs
-            });
-            Choice {
-                index,
-                text: choice.text,
-                logprobs,
-                finish_reason: Some(openai::finish_reason(choice.end.reason)),
-            }
-        })
-        .collect();
-    let head = Head::new("cmpl", "text_completion", &app.model_name);
-    let usage = ReportedUsage::Now(Usage::new(prompt_tokens, completion_tokens));
-    Ok(Json(Completion { head: &head, choices, usage }).into_response())
-}
-
 #[derive(Serialize)]
-struct Completion<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: Vec<Choice>,
-    #[serde(skip_serializing_if = "ReportedUsage::is_absent")]
-    usage: ReportedUsage,
-}
-
-#[derive(Serialize)]
-struct Choice {
+pub(super) struct Choice<'a> {
     index: usize,
-    text: String,
+    text: Cow<'a, str>,
     logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
 }
@@ -202,53 +163,5 @@ impl Logprobs {
         self.token_logprobs.push(openai::logprob(token.token.logprob));
         self.top_logprobs.push(token.token.top.iter().map(entry).collect());
         self.text_offset.push(text_chars);
-    }
-}
-
-/// The answer in chunks.
-struct CompletionFrames {
-    head: Head,
-    tokenizer: Arc<Tokenizer>,
-    logprobs: bool,
-    include_usage: bool,
-    /// Of each choice, characters sent.
-    text_chars: Vec<usize>,
-    prompt_tokens: usize,
-    completion_tokens: usize,
-}
-
-impl Frames for CompletionFrames {
-    fn token(&mut self, index: usize, token: GeneratedToken) -> String {
-        let logprobs = (self.logprobs && openai::is_content(&token)).then(|| {
-            let mut logprobs = Logprobs::default();
-            logprobs.push(&self.tokenizer, &token, self.text_chars[index]);
-            logprobs
-        });
-        self.text_chars[index] += token.text.chars().count();
-        if token.text.is_empty() && logprobs.is_none() && token.end.is_none() {
-            return String::new();
-        }
-        if let Some(end) = &token.end {
-            self.completion_tokens += end.generated_tokens as usize;
-        }
-        let finish_reason = token.end.map(|end| openai::finish_reason(end.reason));
-        let choice = Choice { index, text: token.text, logprobs, finish_reason };
-        let usage = ReportedUsage::later(self.include_usage);
-        sse::data(&Completion { head: &self.head, choices: vec![choice], usage })
-    }
-
-    fn failed(&mut self, failure: Failure) -> String {
-        let failure = RequestError::Failed(failure);
-        error::record(&failure);
-        sse::data(&error::openai_body(&failure))
-    }
-
-    fn end(&mut self) -> String {
-        let mut frames = String::new();
-        if self.include_usage {
-            let usage = ReportedUsage::Now(Usage::new(self.prompt_tokens, self.completion_tokens));
-            frames += &sse::data(&Completion { head: &self.head, choices: Vec::new(), usage });
-        }
-        frames + openai::DONE
     }
 }

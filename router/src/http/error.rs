@@ -77,8 +77,10 @@ fn row(error: &RequestError) -> Row {
         RequestError::Submit(SubmitError::Overloaded { .. }) => same(S::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"), "overloaded", "overloaded"),
         RequestError::Submit(SubmitError::Draining) | RequestError::Failed(Failure::ShuttingDown) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
         RequestError::Submit(SubmitError::Unavailable) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("not_ready"), "not_ready", "unavailable"),
-        RequestError::Failed(Failure::QueueTimeout { .. }) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("queue_timeout"), "overloaded", "overloaded"),
-        RequestError::Failed(Failure::Timeout { .. }) => same(S::REQUEST_TIMEOUT, "server_error", Some("timeout"), "timeout", "generation"),
+        // Whose limit it was, the client's or the server's, makes no difference: the server was too slow for it. 408
+        // would say that the client was.
+        RequestError::Failed(Failure::QueueTimeout { .. }) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("queue_timeout"), "overloaded", "timeout"),
+        RequestError::Failed(Failure::Timeout { .. }) => same(S::GATEWAY_TIMEOUT, "server_error", Some("timeout"), "timeout", "timeout"),
         RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => row(S::INTERNAL_SERVER_ERROR, "server_error", Some("generation_failed"), S::FAILED_DEPENDENCY, "generation", "generation"),
         RequestError::Internal => same(S::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), "internal", "generation"),
     };

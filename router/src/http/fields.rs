@@ -38,7 +38,8 @@ impl Fields {
         Self::parse(&read_body(body).await?)
     }
 
-    fn parse(json: &[u8]) -> Result<Self, RequestError> {
+    /// The fields of a body.
+    pub(super) fn parse(json: &[u8]) -> Result<Self, RequestError> {
         let value: Value =
             serde_json::from_slice(json).map_err(|error| RequestError::MalformedJson(error.to_string()))?;
         match value {
@@ -111,6 +112,20 @@ impl Fields {
             Some(_) => {
                 Err(RequestError::unsupported(name, format!("`{name}` is not supported yet: {remedy}")))
             }
+        }
+    }
+
+    /// Refuses fields that were put beside the object to which they belong: there they would have no effect.
+    pub(super) fn refuse_misplaced(
+        &mut self,
+        names: &[&'static str],
+        object: &str,
+    ) -> Result<(), RequestError> {
+        match names.iter().find(|name| self.0.get(**name).is_some_and(|value| !value.is_null())) {
+            Some(name) => {
+                Err(RequestError::invalid(name, format!("`{name}` belongs into `{object}`: move it there")))
+            }
+            None => Ok(()),
         }
     }
 

@@ -1,5 +1,6 @@
 //! `POST /generate` and `POST /generate_stream`, as TGI has them.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::app::{App, Generation};
+use super::caller::{self, Caller};
 use super::error::{self, TgiError};
 use super::fields::Fields;
 use super::sse::{self, Frames};
@@ -80,9 +82,10 @@ impl Endpoint {
 async fn answer(app: &Arc<App>, request: Request, endpoint: Endpoint) -> Result<Response, RequestError> {
     let arrived = Instant::now();
     app.serving()?;
+    let caller = Caller::of(request.headers())?;
     let mut fields = Fields::read(request).await?;
     let mode = endpoint.take_mode(&mut fields)?;
-    let TgiRequest { inputs, generation, report } = TgiRequest::take(fields, endpoint)?;
+    let TgiRequest { inputs, generation, report } = TgiRequest::take(fields, endpoint, caller)?;
     if mode == Mode::Stream && report.details == Details::PromptAndOutput {
         let message = "`decoder_input_details` == true is not supported when streaming tokens";
         return Err(RequestError::invalid("decoder_input_details", message));
@@ -91,13 +94,8 @@ async fn answer(app: &Arc<App>, request: Request, endpoint: Endpoint) -> Result<
     let generation = app.generate(generation, arrived).await?;
     let full_text_before = if report.full_text { inputs } else { String::new() };
     match mode {
-        Mode::Whole => {
-            let (headers, body) = whole(app, report, full_text_before, input_characters, generation).await?;
-            Ok((headers, Json(body)).into_response())
-        }
-        Mode::WholeInList => {
-            let (headers, body) = whole(app, report, full_text_before, input_characters, generation).await?;
-            Ok((headers, Json([body])).into_response())
+        Mode::Whole | Mode::WholeInList => {
+            whole(app, mode, report, full_text_before, input_characters, generation).await
         }
         Mode::Stream => stream(app, report, full_text_before, input_characters, generation).await,
     }
@@ -126,8 +124,9 @@ enum Details {
 }
 
 impl TgiRequest {
-    fn take(mut fields: Fields, endpoint: Endpoint) -> Result<Self, RequestError> {
+    fn take(mut fields: Fields, endpoint: Endpoint, caller: Caller) -> Result<Self, RequestError> {
         let inputs: String = fields.require("inputs")?;
+        fields.refuse_misplaced(&caller::FIELDS, "parameters")?;
         let given = fields.object("parameters")?;
         // TGI samples where no parameters are given at all.
         let do_sample_default = given.is_none();
@@ -180,6 +179,7 @@ impl TgiRequest {
             stop: parameters.strings("stop")?,
             n: 1,
             truncate: parameters.take("truncate")?,
+            standing: caller.take(&mut parameters)?,
         };
         parameters.finish();
         fields.finish();
@@ -189,9 +189,9 @@ impl TgiRequest {
 
 /// A token as TGI writes it. Log-probabilities that are not finite are null.
 #[derive(Serialize)]
-struct TokenJson {
+struct TokenJson<'a> {
     id: TokenId,
-    text: String,
+    text: Cow<'a, str>,
     logprob: f32,
     special: bool,
 }
@@ -204,15 +204,16 @@ struct PrefillToken {
     logprob: Option<f32>,
 }
 
-fn generated_token(tokenizer: &Tokenizer, token: &GeneratedToken) -> TokenJson {
-    let text = if token.special { tokenizer.token_text(token.token.id) } else { token.text.clone() };
+fn generated_token<'a>(tokenizer: &Tokenizer, token: &'a GeneratedToken) -> TokenJson<'a> {
+    let text =
+        if token.special { tokenizer.token_text(token.token.id).into() } else { token.text.as_str().into() };
     TokenJson { id: token.token.id, text, logprob: token.token.logprob, special: token.special }
 }
 
-fn top_tokens(tokenizer: &Tokenizer, token: &Token) -> Vec<TokenJson> {
+fn top_tokens(tokenizer: &Tokenizer, token: &Token) -> Vec<TokenJson<'static>> {
     let json = |(id, logprob): &(TokenId, f32)| TokenJson {
         id: *id,
-        text: tokenizer.token_text(*id),
+        text: tokenizer.token_text(*id).into(),
         logprob: *logprob,
         special: tokenizer.is_special(*id),
     };
@@ -238,11 +239,12 @@ fn finish_reason(reason: FinishReason) -> &'static str {
 /// The answer in one piece.
 async fn whole(
     app: &App,
+    mode: Mode,
     report: Report,
     full_text_before: String,
     input_characters: usize,
     mut generation: Generation,
-) -> Result<(HeaderMap, Whole), RequestError> {
+) -> Result<Response, RequestError> {
     let sequence = generation.sequences.remove(0);
     let (arrived, validation) = (generation.arrived, generation.validation_time);
     let generated = generation.collect().await?.remove(0);
@@ -252,29 +254,32 @@ async fn whole(
     let mut headers = time_headers(&times, sequence.prompt.len(), &generated);
     headers.extend(compute_headers(app, input_characters));
     let body = Whole { generated_text: full_text_before + &generated.text, details };
-    Ok((headers, body))
+    Ok(match mode {
+        Mode::WholeInList => (headers, Json([body])).into_response(),
+        Mode::Whole | Mode::Stream => (headers, Json(body)).into_response(),
+    })
 }
 
 #[derive(Serialize)]
-struct Whole {
+struct Whole<'a> {
     generated_text: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    details: Option<WholeDetails>,
+    details: Option<WholeDetails<'a>>,
 }
 
 #[derive(Serialize)]
-struct WholeDetails {
+struct WholeDetails<'a> {
     finish_reason: &'static str,
     generated_tokens: u32,
     seed: Option<u64>,
     prefill: Vec<PrefillToken>,
-    tokens: Vec<TokenJson>,
+    tokens: Vec<TokenJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    top_tokens: Option<Vec<Vec<TokenJson>>>,
+    top_tokens: Option<Vec<Vec<TokenJson<'a>>>>,
 }
 
-impl WholeDetails {
-    fn new(tokenizer: &Tokenizer, report: Report, sequence: &TokenRequest, generated: &Generated) -> Self {
+impl<'a> WholeDetails<'a> {
+    fn new(tokenizer: &Tokenizer, report: Report, sequence: &TokenRequest, generated: &'a Generated) -> Self {
         let top = || generated.tokens.iter().map(|token| top_tokens(tokenizer, &token.token)).collect();
         Self {
             finish_reason: finish_reason(generated.end.reason),
@@ -359,11 +364,11 @@ struct GenerateFrames {
 }
 
 #[derive(Serialize)]
-struct StreamFrame {
+struct StreamFrame<'a> {
     index: u32,
-    token: TokenJson,
+    token: TokenJson<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    top_tokens: Option<Vec<TokenJson>>,
+    top_tokens: Option<Vec<TokenJson<'a>>>,
     generated_text: Option<String>,
     details: Option<StreamDetails>,
 }
@@ -377,7 +382,7 @@ struct StreamDetails {
 }
 
 impl Frames for GenerateFrames {
-    fn token(&mut self, _: usize, token: GeneratedToken) -> String {
+    fn token(&mut self, _: usize, token: &GeneratedToken, out: &mut Vec<u8>) {
         self.index += 1;
         self.text.push_str(&token.text);
         let told = self.report.details != Details::None;
@@ -387,22 +392,21 @@ impl Frames for GenerateFrames {
             seed: self.seed,
             input_length: self.prompt_tokens,
         });
-        sse::data(&StreamFrame {
+        let frame = StreamFrame {
             index: self.index,
-            token: generated_token(&self.tokenizer, &token),
+            token: generated_token(&self.tokenizer, token),
             top_tokens: self.report.top_tokens.then(|| top_tokens(&self.tokenizer, &token.token)),
-            generated_text: token.end.map(|_| std::mem::take(&mut self.text)),
+            generated_text: token.end.as_ref().map(|_| std::mem::take(&mut self.text)),
             details,
-        })
+        };
+        sse::data(out, &frame);
     }
 
-    fn failed(&mut self, failure: Failure) -> String {
+    fn failed(&mut self, failure: Failure, out: &mut Vec<u8>) {
         let failure = RequestError::Failed(failure);
         error::record(&failure);
-        sse::data(&error::tgi_body(&failure))
+        sse::data(out, &error::tgi_body(&failure));
     }
 
-    fn end(&mut self) -> String {
-        String::new()
-    }
+    fn end(&mut self, _: &mut Vec<u8>) {}
 }

@@ -2,6 +2,7 @@
 //! endpoint is a file, and does no more than translate.
 
 mod app;
+mod caller;
 mod chat_completions;
 mod completions;
 mod error;
@@ -25,14 +26,16 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub(crate) use app::{App, Serving};
+use chat_completions::ChatCompletions;
+use completions::Completions;
 pub(crate) use server::Server;
 
 /// All endpoints.
 pub(crate) fn routes(app: Arc<App>) -> Router {
     Router::new()
         // OpenAI's API.
-        .route("/v1/chat/completions", post(chat_completions::chat_completions))
-        .route("/v1/completions", post(completions::completions))
+        .route("/v1/chat/completions", post(openai::endpoint::<ChatCompletions>))
+        .route("/v1/completions", post(openai::endpoint::<Completions>))
         .route("/v1/models", get(models::models))
         // TGI's API.
         .route("/generate", post(generate::generate))

@@ -1,30 +1,39 @@
-//! JSON that OpenAI's endpoints share.
+//! What OpenAI's endpoints share: the way from a body to an answer, whole or in chunks, and parts of their JSON.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
 
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::app::{App, Generation};
+use super::caller::Caller;
+use super::error::{self, OpenAiError};
 use super::fields::Fields;
+use super::sse::{self, Frames};
 use crate::error::RequestError;
-use crate::scheduler::Token;
-use crate::stream::{FinishReason, GeneratedToken};
+use crate::metrics;
+use crate::scheduler::{Failure, Token};
+use crate::stream::{Ended, FinishReason, Generated, GeneratedToken};
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::SamplingParameters;
+use crate::validate::{GenerationRequest, SamplingParameters, StandingParameters};
 
 /// Behind the last chunk of a stream.
-pub(super) const DONE: &str = "data: [DONE]\n\n";
+const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// The version of the server: the same numbers come only from the same one.
-pub(super) const SYSTEM_FINGERPRINT: &str = concat!("lamplighter-", env!("CARGO_PKG_VERSION"));
+const SYSTEM_FINGERPRINT: &str = concat!("lamplighter-", env!("CARGO_PKG_VERSION"));
 
 /// In place of minus infinity, as OpenAI writes it.
 const LEAST_LOGPROB: f32 = -9999.0;
 
 /// Fields without an effect by their definition: they are about OpenAI's accounts and storage, or hints that a server
 /// is free not to follow.
-pub(super) const WITHOUT_EFFECT: &[&str] = &[
-    "user",
+const WITHOUT_EFFECT: &[&str] = &[
     "metadata",
     "store",
     "service_tier",
@@ -36,9 +45,163 @@ pub(super) const WITHOUT_EFFECT: &[&str] = &[
     "verbosity",
 ];
 
+/// What is an endpoint's own: its fields, and the form of its choices.
+pub(super) trait Endpoint: Sized + Send + 'static {
+    /// What the ids of its answers begin with.
+    const ID_PREFIX: &'static str;
+    /// `object` of an answer in one piece.
+    const WHOLE: &'static str;
+    /// `object` of a chunk.
+    const CHUNK: &'static str;
+
+    /// A choice of an answer in one piece.
+    type WholeChoice: Serialize;
+    /// A choice of a chunk.
+    type ChunkChoice<'a>: Serialize;
+    /// What must be known of a choice's earlier chunks.
+    type Progress: Clone + Default + Send;
+
+    /// Takes its fields.
+    fn take(
+        fields: &mut Fields,
+        standing: StandingParameters,
+    ) -> Result<(GenerationRequest, Self), RequestError>;
+
+    /// A choice of an answer in one piece.
+    fn whole(&self, tokenizer: &Tokenizer, index: usize, generated: Generated) -> Self::WholeChoice;
+
+    /// Gives `write` the chunks for a token of the choice `index`, if there is something to say.
+    fn chunks<'a>(
+        &self,
+        tokenizer: &Tokenizer,
+        index: usize,
+        progress: &mut Self::Progress,
+        token: &'a GeneratedToken,
+        write: impl FnMut(Self::ChunkChoice<'a>),
+    );
+}
+
+/// Answers a request to an endpoint, at once or as a stream.
+pub(super) async fn endpoint<E: Endpoint>(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, OpenAiError> {
+    metrics::record_request();
+    answer::<E>(&app, request).await.map_err(|error| {
+        error::record(&error);
+        error.into()
+    })
+}
+
+async fn answer<E: Endpoint>(app: &Arc<App>, request: Request) -> Result<Response, RequestError> {
+    let arrived = Instant::now();
+    app.serving()?;
+    let caller = Caller::of(request.headers())?;
+    let mut fields = Fields::read(request).await?;
+    let standing = caller.take(&mut fields)?;
+    let streaming = take_streaming(&mut fields)?;
+    refuse_unsupported(&mut fields)?;
+    let (generation, endpoint) = E::take(&mut fields, standing)?;
+    fields.without_effect(WITHOUT_EFFECT);
+    fields.finish();
+
+    let generation = app.generate(generation, arrived).await?;
+    if streaming.stream {
+        let frames = ChunkFrames::new(app, endpoint, &generation, streaming.include_usage);
+        return sse::response(generation.streams, frames).await;
+    }
+    whole(app, &endpoint, generation).await
+}
+
+/// The answer in one piece.
+async fn whole<E: Endpoint>(
+    app: &App,
+    endpoint: &E,
+    generation: Generation,
+) -> Result<Response, RequestError> {
+    let mut tally = Tally::new(&generation);
+    let choices = generation.collect().await?;
+    for (index, choice) in choices.iter().enumerate() {
+        tally.add(index, &choice.end);
+    }
+    let choices = choices.into_iter().enumerate();
+    let choices = choices.map(|(index, choice)| endpoint.whole(&app.tokenizer, index, choice)).collect();
+    let head = Head::new(E::ID_PREFIX, E::WHOLE, &app.model_name);
+    Ok(Json(Whole { head, choices, usage: tally.usage() }).into_response())
+}
+
+#[derive(Serialize)]
+struct Whole<C> {
+    #[serde(flatten)]
+    head: Head,
+    choices: Vec<C>,
+    usage: Usage,
+}
+
+/// The answer in chunks. All that they have in common is written once, when the stream begins.
+struct ChunkFrames<E: Endpoint> {
+    endpoint: E,
+    tokenizer: Arc<Tokenizer>,
+    /// Up to the one choice of a chunk.
+    beginning: Vec<u8>,
+    include_usage: bool,
+    /// Of each choice.
+    progress: Vec<E::Progress>,
+    tally: Tally,
+}
+
+impl<E: Endpoint> ChunkFrames<E> {
+    fn new(app: &App, endpoint: E, generation: &Generation, include_usage: bool) -> Self {
+        let mut beginning = b"data: ".to_vec();
+        sse::json(&mut beginning, &Head::new(E::ID_PREFIX, E::CHUNK, &app.model_name));
+        assert_eq!(beginning.pop(), Some(b'}'), "a head is an object");
+        beginning.extend_from_slice(b",\"choices\":[");
+        Self {
+            endpoint,
+            tokenizer: Arc::clone(&app.tokenizer),
+            beginning,
+            include_usage,
+            progress: vec![E::Progress::default(); generation.streams.len()],
+            tally: Tally::new(generation),
+        }
+    }
+}
+
+impl<E: Endpoint> Frames for ChunkFrames<E> {
+    fn token(&mut self, index: usize, token: &GeneratedToken, out: &mut Vec<u8>) {
+        if let Some(end) = &token.end {
+            self.tally.add(index, end);
+        }
+        // `usage` comes with the last chunk; where it was asked for, the others say that it is to come.
+        let end: &[u8] = if self.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" };
+        let progress = &mut self.progress[index];
+        self.endpoint.chunks(&self.tokenizer, index, progress, token, |choice| {
+            out.extend_from_slice(&self.beginning);
+            sse::json(out, &choice);
+            out.extend_from_slice(end);
+        });
+    }
+
+    fn failed(&mut self, failure: Failure, out: &mut Vec<u8>) {
+        let failure = RequestError::Failed(failure);
+        error::record(&failure);
+        sse::data(out, &error::openai_body(&failure));
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>) {
+        if self.include_usage {
+            out.extend_from_slice(&self.beginning);
+            out.extend_from_slice(b"],\"usage\":");
+            sse::json(out, &self.tally.usage());
+            out.extend_from_slice(b"}\n\n");
+        }
+        out.extend_from_slice(DONE);
+    }
+}
+
 /// What every answer begins with.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Head {
+struct Head {
     id: String,
     object: &'static str,
     created: u64,
@@ -48,7 +211,7 @@ pub(super) struct Head {
 
 impl Head {
     /// `prefix` of a new id, and the answer's kind.
-    pub(super) fn new(prefix: &str, object: &'static str, model: &str) -> Self {
+    fn new(prefix: &str, object: &'static str, model: &str) -> Self {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
             id: format!("{prefix}-{:032x}", rand::random::<u128>()),
@@ -63,38 +226,55 @@ impl Head {
 /// Counts of tokens.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[expect(clippy::struct_field_names, reason = "the fields' names are OpenAI's")]
-pub(super) struct Usage {
+struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptTokensDetails,
 }
 
-impl Usage {
-    pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
-    }
-}
-
-/// `usage` of an answer or of a chunk.
 #[derive(Debug, Clone, Copy, Serialize)]
-#[serde(untagged)]
-pub(super) enum ReportedUsage {
-    /// Not asked for: there is no such field.
-    Absent,
-    /// To come with the last chunk: null.
-    Later,
-    /// Here.
-    Now(Usage),
+struct PromptTokensDetails {
+    cached_tokens: usize,
 }
 
-impl ReportedUsage {
-    /// Of a chunk that is not the last one.
-    pub(super) fn later(include_usage: bool) -> Self {
-        if include_usage { Self::Later } else { Self::Absent }
+/// Counts the tokens of an answer.
+struct Tally {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    choices_per_prompt: usize,
+    /// Of each prompt, tokens that none of its choices had to compute: choices find each other's, too, and the client
+    /// sent the prompt once.
+    cached_tokens: Vec<Option<usize>>,
+}
+
+impl Tally {
+    fn new(generation: &Generation) -> Self {
+        let choices_per_prompt = generation.choices_per_prompt;
+        Self {
+            prompt_tokens: generation.prompt_tokens,
+            completion_tokens: 0,
+            choices_per_prompt,
+            cached_tokens: vec![None; generation.streams.len().div_ceil(choices_per_prompt)],
+        }
     }
 
-    pub(super) fn is_absent(&self) -> bool {
-        matches!(self, Self::Absent)
+    /// Adds the choice `index`.
+    fn add(&mut self, index: usize, end: &Ended) {
+        self.completion_tokens += end.generated_tokens as usize;
+        let cached = &mut self.cached_tokens[index / self.choices_per_prompt];
+        *cached = Some(cached.map_or(end.cached_tokens, |fewest| fewest.min(end.cached_tokens)));
+    }
+
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self.completion_tokens,
+            total_tokens: self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details: PromptTokensDetails {
+                cached_tokens: self.cached_tokens.iter().flatten().sum(),
+            },
+        }
     }
 }
 
@@ -177,12 +357,12 @@ fn take_logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, RequestError>
 
 /// `stream` and `stream_options`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Streaming {
-    pub(super) stream: bool,
-    pub(super) include_usage: bool,
+struct Streaming {
+    stream: bool,
+    include_usage: bool,
 }
 
-pub(super) fn take_streaming(fields: &mut Fields) -> Result<Streaming, RequestError> {
+fn take_streaming(fields: &mut Fields) -> Result<Streaming, RequestError> {
     let stream = fields.take("stream")?.unwrap_or(false);
     let options = fields.object("stream_options")?;
     let include_usage = match options {
@@ -202,7 +382,7 @@ pub(super) fn take_streaming(fields: &mut Fields) -> Result<Streaming, RequestEr
 }
 
 /// Fields of both OpenAI endpoints that need what is not there yet.
-pub(super) fn refuse_unsupported(fields: &mut Fields) -> Result<(), RequestError> {
+fn refuse_unsupported(fields: &mut Fields) -> Result<(), RequestError> {
     fields.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in the prompt")?;
     fields.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
     fields.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;

@@ -194,8 +194,10 @@ async fn a_chat_is_answered_in_openais_form() {
     assert_eq!(body["choices"][0]["finish_reason"], "stop");
     assert_eq!(body["choices"][0]["logprobs"], Value::Null);
     let prompt_tokens = fixture.submitted().prompt.len();
-    let usage =
-        json!({"prompt_tokens": prompt_tokens, "completion_tokens": 6, "total_tokens": prompt_tokens + 6});
+    let usage = json!({
+        "prompt_tokens": prompt_tokens, "completion_tokens": 6, "total_tokens": prompt_tokens + 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    });
     assert_eq!(body["usage"], usage);
 }
 

@@ -138,7 +138,8 @@ pub enum Failure {
     InvalidLogits,
     /// Its deadline passed in the queue: nothing was computed.
     #[error(
-        "the request waited {} ms, as long as its timeout allows, and was not begun: send it again, or raise timeout",
+        "the request waited {} ms, as long as its time allows, and was not begun: send it again later, or raise \
+         `timeout` (or --request-timeout, if that is shorter)",
         timeout.as_millis()
     )]
     QueueTimeout {
@@ -147,7 +148,8 @@ pub enum Failure {
     },
     /// Its deadline passed while it was being computed.
     #[error(
-        "the request was not finished within its timeout of {} ms: raise timeout, or ask for fewer tokens",
+        "the request was not finished within its {} ms: ask for fewer tokens, or raise `timeout` (or \
+         --request-timeout, if that is shorter)",
         timeout.as_millis()
     )]
     Timeout {

@@ -1,8 +1,12 @@
 //! The way of a request's events from the scheduler to its reader: bounded, and without waiting on the scheduler's side.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 
+use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::request::{Failure, TokenEvent};
@@ -26,8 +30,14 @@ pub struct TokenStream {
 impl TokenStream {
     /// The next event; none after the last one, which is a `Token` with an `end`, or `Failed`. Cancel-safe.
     pub async fn next(&mut self) -> Option<TokenEvent> {
-        self.permit.as_ref()?;
-        let event = match self.receiver.recv().await {
+        poll_fn(|context| self.poll_event(context)).await
+    }
+
+    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        if self.permit.is_none() {
+            return Poll::Ready(None);
+        }
+        let event = match ready!(self.receiver.poll_recv(context)) {
             Some(event) => event,
             // The scheduler let go of the request before its end; it says why, unless it is gone itself.
             None => TokenEvent::Failed(self.shared.failure.get().cloned().unwrap_or_else(stopped)),
@@ -37,7 +47,7 @@ impl TokenStream {
         } else {
             self.wake_scheduler();
         }
-        Some(event)
+        Poll::Ready(Some(event))
     }
 
     /// Tells a scheduler that has paused this request that there is room again.
@@ -52,6 +62,14 @@ impl TokenStream {
             // An error means that the scheduler is gone, and `next` will report it.
             let _ = self.scheduler.send(Event::ReaderReady);
         }
+    }
+}
+
+impl Stream for TokenStream {
+    type Item = TokenEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        self.poll_event(context)
     }
 }
 

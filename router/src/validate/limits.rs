@@ -1,5 +1,7 @@
 //! How much of everything: counts and lengths.
 
+use std::time::Duration;
+
 use proto::units::TokenId;
 
 use super::{Dialect, GenerationRequest, Prompt};
@@ -25,6 +27,8 @@ pub(crate) struct Limits {
     pub(crate) vocab_size: usize,
     /// Most sequences at once; a request with more would never be taken.
     pub(crate) max_concurrent_requests: usize,
+    /// Most time that a request gets; none: any.
+    pub(crate) request_timeout: Option<Duration>,
 }
 
 impl Limits {

@@ -2,6 +2,7 @@
 
 mod limits;
 mod sampling;
+mod standing;
 
 use std::sync::Arc;
 
@@ -9,9 +10,10 @@ use proto::units::TokenId;
 
 pub(crate) use limits::Limits;
 pub(crate) use sampling::{Dialect, SamplingParameters};
+pub(crate) use standing::{PRIORITY_HEADER, PriorityClass, StandingParameters};
 
 use crate::error::RequestError;
-use crate::scheduler::{CacheNamespace, Standing, SubmitError, TokenRequest};
+use crate::scheduler::{SubmitError, TokenRequest};
 use crate::text::chat_template::{ChatTemplate, Conversation};
 use crate::text::stop_strings::{StopStrings, StopText};
 use crate::text::text_workers::{QueueFull, TextWorkers};
@@ -40,6 +42,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) n: u32,
     /// Of a longer prompt, take only that many last tokens.
     pub(crate) truncate: Option<usize>,
+    /// Where it stands among others.
+    pub(crate) standing: StandingParameters,
 }
 
 /// What is continued.
@@ -62,6 +66,8 @@ pub(crate) struct ValidRequest {
     pub(crate) stop: StopStrings,
     /// Tokens of the prompts, each counted once.
     pub(crate) prompt_tokens: usize,
+    /// `n`.
+    pub(crate) choices_per_prompt: usize,
 }
 
 /// Makes valid requests.
@@ -82,6 +88,7 @@ impl Validator {
         let limits = &self.limits;
         let sampling = request.sampling.check(request.dialect, limits.vocab_size)?;
         limits.check_counts(&request)?;
+        let (standing, cache_namespace) = request.standing.check(limits.request_timeout)?;
         let stop_text = match request.dialect {
             Dialect::OpenAi => StopText::Cut,
             Dialect::Tgi => StopText::Keep,
@@ -107,12 +114,17 @@ impl Validator {
                     ignore_eos: request.ignore_eos,
                     top_n_tokens: request.top_n_tokens,
                     prompt_logprobs: request.prompt_logprobs,
-                    standing: Standing::default(),
-                    cache_namespace: CacheNamespace::default(),
+                    standing: standing.clone(),
+                    cache_namespace: cache_namespace.clone(),
                 });
             }
         }
-        Ok(ValidRequest { sequences, stop: StopStrings::new(request.stop, stop_text), prompt_tokens })
+        Ok(ValidRequest {
+            sequences,
+            stop: StopStrings::new(request.stop, stop_text),
+            prompt_tokens,
+            choices_per_prompt: request.n as usize,
+        })
     }
 
     /// The ids of each prompt.
@@ -171,6 +183,7 @@ pub(crate) mod tests {
                 max_total_tokens: 64,
                 vocab_size: 265,
                 max_concurrent_requests: 8,
+                request_timeout: None,
             },
         }
     }
@@ -187,6 +200,7 @@ pub(crate) mod tests {
             stop: Vec::new(),
             n: 1,
             truncate: None,
+            standing: StandingParameters::default(),
         }
     }
 
