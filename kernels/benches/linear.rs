@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor as CandleTensor};
-use kernels::ops::linear::{LinearPart, linear};
+use kernels::ops::linear::{LinearPart, Weight, linear};
 use kernels::{Context, DType, Tensor, available_cores};
 
 /// How long a figure is repeated; the best counts.
@@ -182,7 +182,7 @@ impl Weights {
         let x = Tensor::from_slice(&x, rows, self.ours.cols());
         let mut out = Tensor::zeros(rows, self.ours.rows(), DType::F32);
         Clock::for_threads(context.num_threads()).best_seconds(|| {
-            let part = LinearPart { weight: &self.ours, bias: None };
+            let part = LinearPart { weight: Weight::Dense(&self.ours), bias: None };
             linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
         })
     }

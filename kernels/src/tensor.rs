@@ -60,7 +60,7 @@ macro_rules! element {
         impl Element for $t { const DTYPE: DType = DType::$d; }
     )*};
 }
-element!(f32 => F32, f16 => F16, bf16 => BF16, u32 => U32);
+element!(f32 => F32, f16 => F16, bf16 => BF16, u32 => U32, u8 => U8);
 
 enum Storage {
     /// Zeroed at first.

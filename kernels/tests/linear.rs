@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::Device;
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
-use kernels::ops::linear::{LinearPart, linear};
+use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear};
 use kernels::{Context, DType, Error, Level, Tensor, View};
 use rand::RngExt;
 
@@ -20,13 +20,25 @@ fn row_f64(tensor: &Tensor, row: usize) -> Vec<f64> {
     tensor.view().row_f32(row).expect("a float type").into_iter().map(f64::from).collect()
 }
 
+/// A row of a weight as f64.
+fn weight_f64(weight: Weight<'_>, row: usize) -> Vec<f64> {
+    match weight {
+        Weight::Dense(weight) => row_f64(weight, row),
+        Weight::Int8(weight) => {
+            let scale = f64::from(weight.scales().as_slice::<f32>()[row]);
+            let values = weight.values().view().row::<u8>(row);
+            values.iter().map(|value| f64::from(value.cast_signed()) * scale).collect()
+        }
+    }
+}
+
 fn reference(x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
     let mut out = Vec::new();
     for row in 0..x.rows() {
         let x = row_f64(x, row);
         for part in parts {
             for n in 0..part.weight.rows() {
-                let product: f64 = row_f64(part.weight, n).iter().zip(&x).map(|(w, x)| w * x).sum();
+                let product: f64 = weight_f64(part.weight, n).iter().zip(&x).map(|(w, x)| w * x).sum();
                 out.push(product + part.bias.map_or(0.0, |bias| f64::from(bias.as_slice::<f32>()[n])));
             }
         }
@@ -51,7 +63,7 @@ fn all_types_and_odd_sizes_match_the_reference_at_every_level() {
                 let bias = tensor(&mut rng, 1, n, DType::F32);
                 let x = tensor(&mut rng, rows, k, DType::F32);
                 for bias in [None, Some(&bias)] {
-                    let parts = [LinearPart { weight: &weight, bias }];
+                    let parts = [LinearPart { weight: Weight::Dense(&weight), bias }];
                     let what = format!("{rows} rows, {n} x {k} {dtype:?}");
                     assert_close(
                         &run(&context, x.view(), &parts),
@@ -63,6 +75,48 @@ fn all_types_and_odd_sizes_match_the_reference_at_every_level() {
             }
         }
     }
+}
+
+/// What the quantization is defined as, in f64.
+#[test]
+fn int8_weights_are_the_nearest_multiples_of_the_greatest_magnitude_over_128() {
+    let mut rng = rng(10);
+    for dtype in FLOATS {
+        let mut dense = tensor(&mut rng, 40, 77, DType::F32);
+        dense.as_mut_slice::<f32>()[3 * 77..4 * 77].fill(0.0);
+        let dense = dense.to_dtype(dtype).expect("a float type");
+        let int8 = Int8Weight::quantize(&Context::cpu(2), &dense).expect("finite");
+        for row in 0..40 {
+            let values = row_f64(&dense, row);
+            let greatest = values.iter().fold(0.0, |greatest: f64, value| greatest.max(value.abs()));
+            let scale = f64::from(int8.scales().as_slice::<f32>()[row]);
+            assert!((scale - greatest / 128.0).abs() < 1e-45, "an exact division: {scale}, {greatest}");
+            for (&value, &got) in values.iter().zip(int8.values().view().row::<u8>(row)) {
+                let quotient = if scale == 0.0 { 0.0 } else { value / scale };
+                let got = f64::from(got.cast_signed());
+                // A quotient near a half may be rounded to it in f32; 128 is beyond the type.
+                assert!(
+                    (quotient - got).abs() <= 0.500_01 || (got == 127.0 && quotient > 127.0),
+                    "{quotient}: {got}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_not_quantized() {
+    for (bad, at) in [(f32::NAN, 7), (f32::INFINITY, 0), (f32::NEG_INFINITY, 23)] {
+        let mut values = [1.0_f32; 24];
+        values[at] = bad;
+        let error =
+            Int8Weight::quantize(&Context::cpu(1), &Tensor::from_slice(&values, 3, 8)).expect_err("refused");
+        assert!(error.to_string().contains(&format!("[{}, {}] is {bad}", at / 8, at % 8)), "{error}");
+    }
+    let ints = Tensor::zeros(2, 2, DType::U32);
+    assert!(matches!(Int8Weight::quantize(&Context::cpu(1), &ints), Err(Error::DType { .. })));
+    let (values, scales) = (Tensor::zeros(2, 8, DType::U8), Tensor::zeros(1, 3, DType::F32));
+    assert!(matches!(Int8Weight::new(values, scales), Err(Error::Shape { .. })));
 }
 
 #[test]
@@ -84,7 +138,10 @@ fn random_shapes_strides_and_parts_match_the_reference() {
             .iter()
             .zip(&biases)
             .enumerate()
-            .map(|(i, (weight, bias))| LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
+            .map(|(i, (weight, bias))| LinearPart {
+                weight: Weight::Dense(weight),
+                bias: (i % 2 == 0).then_some(bias),
+            })
             .collect();
         let x = tensor(&mut rng, rows, offset + k + rest, DType::F32).narrow_cols(offset, k);
         assert_close(&run(&context, x.view(), &parts), &reference(&x, &parts), tolerance(k), "strided parts");
@@ -96,7 +153,7 @@ fn an_output_with_gaps_keeps_what_lies_between() {
     let mut rng = rng(3);
     let (weight, x) = (tensor(&mut rng, 20, 48, DType::BF16), tensor(&mut rng, 5, 48, DType::F32));
     let mut out = Tensor::from_slice(&[7.0_f32; 5 * 30], 5, 30);
-    let parts = [LinearPart { weight: &weight, bias: None }];
+    let parts = [LinearPart { weight: Weight::Dense(&weight), bias: None }];
     linear(&Context::cpu(1), x.view(), &parts, out.view_mut().narrow_cols(4, 20)).expect("shapes fit");
     let want = run(&Context::cpu(1), x.view(), &parts);
     for (row, values) in out.as_slice::<f32>().chunks(30).enumerate() {
@@ -113,7 +170,7 @@ fn a_row_has_the_same_bits_among_1_to_40_and_more_rows_on_1_to_3_threads() {
         // Above the threshold from which threads are woken, with a tail along k and a panel cut off.
         let weight = tensor(&mut rng, 301, 1043, dtype);
         let bias = tensor(&mut rng, 1, 301, DType::F32);
-        let parts = [LinearPart { weight: &weight, bias: Some(&bias) }];
+        let parts = [LinearPart { weight: Weight::Dense(&weight), bias: Some(&bias) }];
         let x = tensor(&mut rng, 200, 1043, DType::F32);
         let alone: Vec<Vec<f32>> =
             (0..200).map(|row| run(&contexts[0], x.view().narrow_rows(row, 1), &parts)).collect();
@@ -132,7 +189,8 @@ fn fused_parts_have_the_bits_of_parts_alone() {
     let context = Context::cpu(3);
     let weights: Vec<Tensor> = [130, 37, 200].map(|n| tensor(&mut rng, n, 777, DType::F16)).into();
     let x = tensor(&mut rng, 6, 777, DType::F32);
-    let parts: Vec<LinearPart<'_>> = weights.iter().map(|weight| LinearPart { weight, bias: None }).collect();
+    let parts: Vec<LinearPart<'_>> =
+        weights.iter().map(|weight| LinearPart { weight: Weight::Dense(weight), bias: None }).collect();
     let fused = run(&context, x.view(), &parts);
     let mut column = 0;
     for part in &parts {
@@ -155,7 +213,7 @@ fn avx2_and_avx512_give_the_same_bits() {
         .collect();
     for dtype in FLOATS {
         let (weight, x) = (tensor(&mut rng, 50, 611, dtype), tensor(&mut rng, 20, 611, DType::F32));
-        let parts = [LinearPart { weight: &weight, bias: None }];
+        let parts = [LinearPart { weight: Weight::Dense(&weight), bias: None }];
         let results: Vec<Vec<f32>> = contexts.iter().map(|context| run(context, x.view(), &parts)).collect();
         for result in &results {
             assert_same_bits(result, &results[0], &format!("{dtype:?}"));
@@ -184,7 +242,7 @@ fn candle_is_a_second_witness() {
         .into_iter()
         .map(f64::from)
         .collect();
-    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: &weight, bias: None }]);
+    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: Weight::Dense(&weight), bias: None }]);
     assert_close(&got, &want, 2.0 * tolerance(256), "candle");
 }
 
@@ -196,7 +254,7 @@ fn nan_reaches_its_row_and_no_other() {
             let weight = tensor(&mut rng, 9, 37, DType::BF16);
             let mut x = tensor(&mut rng, rows, 37, DType::F32);
             x.as_mut_slice::<f32>()[37 + 36] = f32::NAN;
-            let got = run(&context, x.view(), &[LinearPart { weight: &weight, bias: None }]);
+            let got = run(&context, x.view(), &[LinearPart { weight: Weight::Dense(&weight), bias: None }]);
             for (i, value) in got.iter().enumerate() {
                 assert_eq!(value.is_nan(), i / 9 == 1);
             }
@@ -216,10 +274,10 @@ fn weights_in_a_mapped_file_are_used_in_place_at_any_offset() {
     let map = kernels::mmap::MappedFile::open(file.path()).expect("map");
     let mapped = Tensor::mapped(map.into(), 2, DType::F16, 11, 53).expect("fits");
     let x = tensor(&mut rng, 2, 53, DType::F32);
-    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: &mapped, bias: None }]);
+    let got = run(&Context::cpu(1), x.view(), &[LinearPart { weight: Weight::Dense(&mapped), bias: None }]);
     assert_same_bits(
         &got,
-        &run(&Context::cpu(1), x.view(), &[LinearPart { weight: &weight, bias: None }]),
+        &run(&Context::cpu(1), x.view(), &[LinearPart { weight: Weight::Dense(&weight), bias: None }]),
         "mapped",
     );
 }
@@ -228,7 +286,10 @@ fn weights_in_a_mapped_file_are_used_in_place_at_any_offset() {
 fn empty_inputs_give_empty_outputs() {
     let weight = Tensor::zeros(3, 4, DType::F32);
     let x = Tensor::zeros(0, 4, DType::F32);
-    assert!(run(&Context::cpu(2), x.view(), &[LinearPart { weight: &weight, bias: None }]).is_empty());
+    assert!(
+        run(&Context::cpu(2), x.view(), &[LinearPart { weight: Weight::Dense(&weight), bias: None }])
+            .is_empty()
+    );
     let x = Tensor::zeros(2, 4, DType::F32);
     assert!(run(&Context::cpu(2), x.view(), &[]).is_empty());
 }
@@ -241,12 +302,15 @@ fn operands_that_do_not_fit_are_refused() {
     let mut out = Tensor::zeros(2, 3, DType::F32);
     let narrow = Tensor::zeros(2, 7, DType::F32);
     let mut wide = Tensor::zeros(2, 4, DType::F32);
-    let part = LinearPart { weight: &weight, bias: None };
+    let part = LinearPart { weight: Weight::Dense(&weight), bias: None };
     let mut call = |x: &Tensor, part: LinearPart<'_>| linear(&context, x.view(), &[part], out.view_mut());
     assert!(matches!(call(&narrow, part), Err(Error::Shape { .. })));
     assert!(matches!(call(&x, LinearPart { bias: Some(&narrow), ..part }), Err(Error::Shape { .. })));
     assert!(matches!(call(&weight, part), Err(Error::DType { .. })));
-    assert!(matches!(call(&x, LinearPart { weight: &ints, bias: None }), Err(Error::DType { .. })));
+    assert!(matches!(
+        call(&x, LinearPart { weight: Weight::Dense(&ints), bias: None }),
+        Err(Error::DType { .. })
+    ));
     assert!(matches!(call(&Tensor::zeros(3, 8, DType::F32), part), Err(Error::Shape { .. })));
     assert!(matches!(linear(&context, x.view(), &[part], wide.view_mut()), Err(Error::Shape { .. })));
 }

@@ -9,19 +9,23 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::operands::{
-    SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix, require_float, unsupported_float,
+    SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix, unsupported_float,
 };
-use crate::simd::{Float, Kernel, Simd};
+use crate::simd::{Kernel, Simd};
 use crate::{Context, DType, Result, Tensor, View, ViewMut};
 
 mod panel;
 mod tile;
+mod weight;
+
+use weight::WeightElement;
+pub use weight::{Int8Weight, Weight};
 
 /// One of the weights that are multiplied with the same input.
 #[derive(Clone, Copy)]
 pub struct LinearPart<'a> {
-    /// `[n, k]`, f32, f16 or bf16, any row stride.
-    pub weight: &'a Tensor,
+    /// `[n, k]`.
+    pub weight: Weight<'a>,
     /// `[1, n]` f32, added to each row.
     pub bias: Option<&'a Tensor>,
 }
@@ -46,7 +50,7 @@ fn check(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()>
     const OP: &str = "linear";
     for (i, part) in parts.iter().enumerate() {
         let (weight, k) = (part.weight, x.cols());
-        require_float(OP, weight.dtype())?;
+        weight.check()?;
         require(OP, weight.cols() == k, || {
             format!(
                 "weight {i} is [{}, {}], but x is [{}, {k}]: expected {k} columns",
@@ -106,14 +110,28 @@ impl Kernel for Outputs<'_> {
             if outputs.is_empty() {
                 continue;
             }
-            match part.weight.dtype() {
-                DType::F32 => simd.call(Block::<f32>::new(self.product, part, all.start, outputs)),
-                DType::F16 => simd.call(Block::<f16>::new(self.product, part, all.start, outputs)),
-                DType::BF16 => simd.call(Block::<bf16>::new(self.product, part, all.start, outputs)),
+            let (values, scales) = match part.weight {
+                Weight::Dense(weight) => (weight, None),
+                Weight::Int8(weight) => (weight.values(), Some(weight.scales())),
+            };
+            let operands = Operands { values, scales, bias: part.bias };
+            match values.dtype() {
+                DType::F32 => simd.call(Block::<f32>::new(self.product, operands, all.start, outputs)),
+                DType::F16 => simd.call(Block::<f16>::new(self.product, operands, all.start, outputs)),
+                DType::BF16 => simd.call(Block::<bf16>::new(self.product, operands, all.start, outputs)),
+                DType::U8 => simd.call(Block::<i8>::new(self.product, operands, all.start, outputs)),
                 dtype => unreachable!("{}", unsupported_float("linear", dtype)),
             }
         }
     }
+}
+
+/// What a part multiplies with, by its parts.
+#[derive(Clone, Copy)]
+struct Operands<'a> {
+    values: &'a Tensor,
+    scales: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
 }
 
 /// Consecutive rows of one weight, for all rows of x. The pointers are to the block's first elements.
@@ -122,6 +140,7 @@ struct Block<W> {
     weights: *const W,
     weight_stride: usize,
     num_outputs: usize,
+    scales: Option<*const f32>,
     bias: Option<*const f32>,
     x: *const f32,
     x_stride: usize,
@@ -131,16 +150,18 @@ struct Block<W> {
     out_stride: usize,
 }
 
-impl<W: Float> Block<W> {
-    fn new(product: &Product<'_>, part: &LinearPart<'_>, column: usize, outputs: Range<usize>) -> Self {
+impl<W: WeightElement> Block<W> {
+    fn new(product: &Product<'_>, operands: Operands<'_>, column: usize, outputs: Range<usize>) -> Self {
         let first = outputs.start - column;
-        let weights = part.weight.view().narrow_rows(first, outputs.len());
+        let weights = operands.values.view().narrow_rows(first, outputs.len());
+        let vector = |vector: &Tensor| vector.as_slice::<f32>()[first..].as_ptr();
         let Product { x, out, .. } = product;
         Self {
             weights: weights.ptr.cast(),
             weight_stride: weights.row_stride,
             num_outputs: outputs.len(),
-            bias: part.bias.map(|bias| bias.as_slice::<f32>()[first..].as_ptr()),
+            scales: operands.scales.map(vector),
+            bias: operands.bias.map(vector),
             x: x.ptr.cast(),
             x_stride: x.row_stride,
             rows: x.rows,
@@ -151,7 +172,7 @@ impl<W: Float> Block<W> {
     }
 }
 
-impl<W: Float> Kernel for Block<W> {
+impl<W: WeightElement> Kernel for Block<W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         if self.rows <= tile::DIRECT_ROWS { tile::direct(simd, &self) } else { panel::panels(simd, &self) }

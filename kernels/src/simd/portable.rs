@@ -118,6 +118,11 @@ impl Simd for Portable {
             .map(|value| f32::from_bits(u32::from(value.to_bits()) << 16))
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Vector {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: Vector) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<Vector>().write_unaligned(value) }

@@ -1,7 +1,7 @@
 //! From hidden states to logits, the vocabulary dealt out to the ranks where it divides.
 
 use kernels::ops::embedding::gather_rows;
-use kernels::ops::linear::{LinearPart, linear};
+use kernels::ops::linear::{LinearPart, Weight, linear};
 use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
 use super::embedding::{Embedding, vocab_slice};
@@ -64,7 +64,7 @@ impl Head {
     ) -> Result<View<'a>> {
         let mut gathered = buffers.hidden.view_mut().narrow_rows(0, rows.len());
         gather_rows(context, hidden, View::from_slice(rows, 1, rows.len()), gathered.reborrow())?;
-        let weight = [LinearPart { weight: &self.weight, bias: None }];
+        let weight = [LinearPart { weight: Weight::Dense(&self.weight), bias: None }];
         let mut logits = buffers.logits.view_mut().narrow_rows(0, rows.len());
         if let Some(part) = &mut buffers.part {
             let mut part = part.view_mut().narrow_rows(0, rows.len());

@@ -3,7 +3,7 @@
 //! [`ColumnParallel`] computes this rank's share of the outputs from all inputs; [`RowParallel`] all outputs from this
 //! rank's share of the inputs, summed over the ranks. One behind the other they need one sum.
 
-use kernels::ops::linear::{LinearPart, linear};
+use kernels::ops::linear::{LinearPart, Weight, linear};
 use kernels::{Communicator, Context, Result, Tensor, View, ViewMut};
 
 use crate::weights::{Error, Slice, Weights};
@@ -30,7 +30,7 @@ struct Linear {
 impl Linear {
     fn part(&self) -> LinearPart<'_> {
         match &self.weight {
-            Layout::Dense(weight) => LinearPart { weight, bias: self.bias.as_ref() },
+            Layout::Dense(weight) => LinearPart { weight: Weight::Dense(weight), bias: self.bias.as_ref() },
         }
     }
 }

@@ -4,7 +4,8 @@ use std::cell::RefCell;
 
 use super::Block;
 use super::tile::{Prefetch, Target, Tile, row_tiles, tile_outputs};
-use crate::simd::{Float, Kernel, LANES, Lanes, Simd, spans};
+use super::weight::WeightElement;
+use crate::simd::{Kernel, LANES, Lanes, Simd, spans};
 
 /// Outputs of a panel.
 pub(super) const OUTPUTS: usize = 32;
@@ -29,7 +30,7 @@ thread_local! {
 
 /// All rows of a block. The weights are read once from memory, for later groups of rows from the cache.
 #[inline(always)]
-pub(super) fn panels<S: Simd, W: Float>(simd: S, block: &Block<W>) {
+pub(super) fn panels<S: Simd, W: WeightElement>(simd: S, block: &Block<W>) {
     // A closure is a function of its own, which the instruction set does not reach but by a call.
     SCRATCH.with_borrow_mut(|scratch| simd.call(Panels { block, scratch }));
 }
@@ -39,7 +40,7 @@ struct Panels<'a, W> {
     scratch: &'a mut Scratch,
 }
 
-impl<W: Float> Kernel for Panels<'_, W> {
+impl<W: WeightElement> Kernel for Panels<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { block, scratch } = self;
@@ -69,21 +70,21 @@ struct Part {
 
 impl Part {
     #[inline(always)]
-    fn widen<S: Simd, W: Float>(&self, simd: S, block: &Block<W>, panel: &mut [Lanes]) {
+    fn widen<S: Simd, W: WeightElement>(&self, simd: S, block: &Block<W>, panel: &mut [Lanes]) {
         for (output, line) in panel.chunks_exact_mut(K / LANES).take(self.num_outputs).enumerate() {
             for ((start, len), lanes) in spans(self.k_len).zip(line) {
                 // SAFETY: within the block's weights; a lane of the panel has room for a vector.
                 unsafe {
                     let from =
                         block.weights.add((self.output + output) * block.weight_stride + self.k + start);
-                    simd.store(lanes.0.as_mut_ptr(), W::load_part(simd, from, len));
+                    simd.store(lanes.0.as_mut_ptr(), W::load_weights(simd, from, len));
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn multiply<S: Simd, W: Float>(&self, simd: S, block: &Block<W>, scratch: &mut Scratch) {
+    fn multiply<S: Simd, W: WeightElement>(&self, simd: S, block: &Block<W>, scratch: &mut Scratch) {
         let mut output = 0;
         let mut carried = scratch.carried.as_mut_ptr();
         let mut next_lines = self.next_lines(block);
@@ -114,7 +115,7 @@ impl Part {
     /// The cache lines of the weights that are widened next, if they come from memory. One for each output and row of a
     /// tile is enough: there are half as many lines, or fewer, as `ROWS * OUTPUTS`.
     #[inline(always)]
-    fn next_lines<W: Float>(&self, block: &Block<W>) -> impl Iterator<Item = *const u8> {
+    fn next_lines<W: WeightElement>(&self, block: &Block<W>) -> impl Iterator<Item = *const u8> {
         const LINE_BYTES: usize = 64;
         let (next_k, is_first_use) = (self.k + self.k_len, self.row == 0);
         let (output, k) = if next_k < block.k { (self.output, next_k) } else { (self.output + OUTPUTS, 0) };
@@ -141,6 +142,7 @@ impl Part {
                 out: block.out.add(row * block.out_stride + output),
                 out_stride: block.out_stride,
                 bias: block.bias.map(|bias| bias.add(output)),
+                scales: block.scales.map(|scales| scales.add(output)),
             }
         }
     }

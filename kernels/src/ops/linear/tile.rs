@@ -1,6 +1,7 @@
 //! The innermost loops: a few outputs times a few rows, sums in registers.
 
 use super::Block;
+use super::weight::WeightElement;
 use crate::simd::{Float, Kernel, LANES, Lanes, Simd, spans};
 
 /// Up to this many rows the weights are widened in registers each time; above, it pays to widen them once to memory.
@@ -12,7 +13,7 @@ const PREFETCH_BYTES: usize = 1024;
 /// All rows of a block, the weights as they lie in memory. Where there are several tiles of rows, the weights come from
 /// memory once, while those before are in use.
 #[inline(always)]
-pub(super) fn direct<S: Simd, W: Float>(simd: S, block: &Block<W>) {
+pub(super) fn direct<S: Simd, W: WeightElement>(simd: S, block: &Block<W>) {
     let mut output = 0;
     while output < block.num_outputs {
         let num_outputs = tile_outputs::<S>(block.rows, block.num_outputs - output);
@@ -33,6 +34,7 @@ pub(super) fn direct<S: Simd, W: Float>(simd: S, block: &Block<W>) {
                         out: block.out.add(row * block.out_stride + output),
                         out_stride: block.out_stride,
                         bias: block.bias.map(|bias| bias.add(output)),
+                        scales: block.scales.map(|scales| scales.add(output)),
                     },
                 }
             };
@@ -80,8 +82,8 @@ pub(super) fn row_tiles<S: Simd>(
 pub(super) enum Target {
     /// To be carried on by the next part of k: one [`Lanes`] per output and row.
     Carried(*mut Lanes),
-    /// Lanes added up, bias added.
-    Out { out: *mut f32, out_stride: usize, bias: Option<*const f32> },
+    /// Lanes added up, multiplied with the scale, bias added.
+    Out { out: *mut f32, out_stride: usize, bias: Option<*const f32>, scales: Option<*const f32> },
 }
 
 /// How often weights are used while they are in the cache, and which of these uses a tile is: each brings a part of the
@@ -106,7 +108,7 @@ pub(super) struct Tile<W> {
     pub(super) target: Target,
 }
 
-impl<W: Float> Tile<W> {
+impl<W: WeightElement> Tile<W> {
     /// Runs the loop for this number of outputs and rows: one of those that [`tile_outputs`] and [`row_tiles`] give.
     #[inline(always)]
     pub(super) fn call<S: Simd, const PREFETCH: bool>(self, simd: S, num_outputs: usize, num_rows: usize) {
@@ -127,7 +129,7 @@ impl<W: Float> Tile<W> {
 
 struct Sized<W, const OUTPUTS: usize, const ROWS: usize, const PREFETCH: bool>(Tile<W>);
 
-impl<W: Float, const OUTPUTS: usize, const ROWS: usize, const PREFETCH: bool> Kernel
+impl<W: WeightElement, const OUTPUTS: usize, const ROWS: usize, const PREFETCH: bool> Kernel
     for Sized<W, OUTPUTS, ROWS, PREFETCH>
 {
     #[inline(always)]
@@ -187,7 +189,7 @@ impl<W: Float, const OUTPUTS: usize, const ROWS: usize, const PREFETCH: bool> Ke
 /// # Safety
 /// `len <= LANES` and `at + len <= k`.
 #[inline(always)]
-unsafe fn step<S: Simd, W: Float, const OUTPUTS: usize, const ROWS: usize>(
+unsafe fn step<S: Simd, W: WeightElement, const OUTPUTS: usize, const ROWS: usize>(
     simd: S,
     tile: &Tile<W>,
     at: usize,
@@ -201,7 +203,8 @@ unsafe fn step<S: Simd, W: Float, const OUTPUTS: usize, const ROWS: usize>(
     }
     for (output, sums) in sums.iter_mut().enumerate() {
         // SAFETY: the caller's promise; the tile has OUTPUTS rows of weights.
-        let weight = unsafe { W::load_part(simd, tile.weights.add(output * tile.weight_stride + at), len) };
+        let weight =
+            unsafe { W::load_weights(simd, tile.weights.add(output * tile.weight_stride + at), len) };
         for row in 0..ROWS {
             sums[row] = simd.mul_add(weight, x[row], sums[row]);
         }
@@ -220,9 +223,10 @@ fn finish<S: Simd, const OUTPUTS: usize, const ROWS: usize>(
             unsafe {
                 match *target {
                     Target::Carried(to) => simd.store(to.add(output * ROWS + row).cast(), sum),
-                    Target::Out { out, out_stride, bias } => {
+                    Target::Out { out, out_stride, bias, scales } => {
+                        let scale = scales.map_or(1.0, |scales| *scales.add(output));
                         let bias = bias.map_or(0.0, |bias| *bias.add(output));
-                        *out.add(row * out_stride + output) = simd.sum(sum) + bias;
+                        *out.add(row * out_stride + output) = simd.sum(sum) * scale + bias;
                     }
                 }
             }
