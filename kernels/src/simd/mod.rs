@@ -1,5 +1,5 @@
 //! Vectors of sixteen f32 lanes, for each instruction set the same, so that one text of a kernel serves all and the order of
-//! a reduction does not depend on the machine: AVX2 and AVX-512 give the same bits.
+//! a reduction does not depend on the machine: AVX2, AVX-512 and NEON give the same bits.
 //!
 //! A kernel is a [`Kernel`]; [`Level::run`] compiles it once per instruction set and calls the one for this CPU. A value
 //! of a [`Simd`] type exists only where its instructions do.
@@ -9,6 +9,8 @@
 )]
 
 mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -34,6 +36,8 @@ impl Lanes {
 pub enum Level {
     /// What the compiler makes of plain Rust.
     Portable,
+    /// NEON of 64-bit Arm.
+    Neon,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -42,7 +46,7 @@ pub enum Level {
 
 impl Level {
     /// All, slowest first.
-    pub const ALL: [Level; 3] = [Level::Portable, Level::Avx2, Level::Avx512];
+    pub const ALL: [Level; 4] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512];
 
     /// The best of this CPU.
     pub fn detect() -> Self {
@@ -53,11 +57,12 @@ impl Level {
     pub fn is_available(self) -> bool {
         match self {
             Level::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => neon::Neon::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => x86::Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => x86::Avx512::detect().is_some(),
-            #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
     }
@@ -67,11 +72,12 @@ impl Level {
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self {
             Level::Portable => portable::Portable.call(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => neon::Neon::detect().expect("checked by the context").call(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => x86::Avx2::detect().expect("checked by the context").call(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => x86::Avx512::detect().expect("checked by the context").call(kernel),
-            #[cfg(not(target_arch = "x86_64"))]
             _ => portable::Portable.call(kernel),
         }
     }
