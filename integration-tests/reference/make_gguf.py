@@ -50,6 +50,7 @@ def tensors():
     with path.open("rb") as file:
         header_len = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_len))
+    header.pop("__metadata__", None)
     for name, info in header.items():
         dtype, (begin, end) = STORED[info["dtype"]], info["data_offsets"]
         data = numpy.memmap(path, dtype, "r", 8 + header_len + begin, (end - begin) // dtype().itemsize)

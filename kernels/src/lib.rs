@@ -19,6 +19,8 @@ pub mod collective;
 pub mod mmap;
 pub mod ops;
 mod pool;
+#[doc(hidden)]
+pub mod probe;
 mod simd;
 mod tensor;
 

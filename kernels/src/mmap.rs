@@ -23,6 +23,20 @@ impl MappedFile {
         Ok(Self { map })
     }
 
+    /// Tells the system that these bytes are not read soon: they no longer count as this process's memory, and are there
+    /// again (from the page cache or the disk) when they are read after all.
+    ///
+    /// # Panics
+    /// Where the range is outside.
+    pub fn release(&self, range: std::ops::Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.map.len(), "release: {range:?} of the file");
+        // SAFETY: the map is of a file and is never written, so there is nothing in its pages that would be lost.
+        // It is only advice: that it was not followed is no error.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+        };
+    }
+
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.map

@@ -12,6 +12,11 @@ pub struct ShardConfig {
     /// stored [default: the checkpoint's]
     #[arg(long, env = "DTYPE", value_enum)]
     pub dtype: Option<Dtype>,
+
+    /// Quantize the linear layers' weights, all but the head's, when the model is loaded. Less memory is read for each
+    /// token, at the price of some accuracy [default: as they are stored]
+    #[arg(long, env = "QUANTIZE", value_enum)]
+    pub quantize: Option<Quantization>,
 }
 
 /// What a shard must be told about its surroundings: set by the launcher, or by hand when started alone.
@@ -64,4 +69,12 @@ pub enum Dtype {
     Float16,
     /// bfloat16.
     Bfloat16,
+}
+
+/// Formats in which linear layers' weights are kept, where it is not the checkpoint's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// 8-bit integers with one scale for each output; activations stay in float.
+    Eetq,
 }

@@ -9,6 +9,7 @@ pub mod decoder;
 pub mod engine;
 mod error;
 pub mod models;
+mod quantization;
 mod sampling;
 pub mod service;
 mod telemetry;
@@ -17,7 +18,7 @@ pub mod weights;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-pub use config::{Dtype, ShardConfig, ShardPlacement};
+pub use config::{Dtype, Quantization, ShardConfig, ShardPlacement};
 pub use error::Error;
 
 /// Serves one rank of a model until SIGTERM (or, unless supervised, SIGINT), which is success, or until it cannot go

@@ -31,6 +31,11 @@ impl KvCache {
         self.block_size
     }
 
+    /// The layers, for whoever writes keys and values without computing them.
+    pub fn layers_mut(&mut self) -> &mut [KvLayer] {
+        &mut self.layers
+    }
+
     /// Bytes of all layers.
     pub fn size_in_bytes(&self) -> usize {
         self.layers.iter().map(KvLayer::size_in_bytes).sum()

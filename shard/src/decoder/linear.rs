@@ -3,23 +3,19 @@
 //! [`ColumnParallel`] computes this rank's share of the outputs from all inputs; [`RowParallel`] all outputs from this
 //! rank's share of the inputs, summed over the ranks. One behind the other they need one sum.
 
-use kernels::ops::linear::{LinearPart, Weight, linear};
+use kernels::ops::linear::{LinearPart, linear};
 use kernels::{Communicator, Context, Result, Tensor, View, ViewMut};
 
+use crate::quantization::{Layout, take_linear};
 use crate::weights::{Error, Slice, Weights};
 
-/// A linear layer as the checkpoint has it: `[outputs, inputs]` at `{name}.weight`, `[outputs]` at `{name}.bias`.
+/// A linear layer as the checkpoint has it: a weight `[outputs, inputs]` (where it is dense, at `{name}.weight`), and
+/// `[outputs]` at `{name}.bias`.
 pub(super) struct Projection {
     pub(super) name: String,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     pub(super) has_bias: bool,
-}
-
-/// The canonical layouts in which weights are kept. A weight format is a parser into one of them.
-enum Layout {
-    /// `[outputs, inputs]`, f32, f16 or bf16.
-    Dense(Tensor),
 }
 
 struct Linear {
@@ -29,9 +25,7 @@ struct Linear {
 
 impl Linear {
     fn part(&self) -> LinearPart<'_> {
-        match &self.weight {
-            Layout::Dense(weight) => LinearPart { weight: Weight::Dense(weight), bias: self.bias.as_ref() },
-        }
+        LinearPart { weight: self.weight.weight(), bias: self.bias.as_ref() }
     }
 }
 
@@ -45,12 +39,11 @@ impl<const N: usize> ColumnParallel<N> {
     pub(super) fn load(weights: &mut Weights, projections: [Projection; N]) -> Result<Self, Error> {
         let mut parts = Vec::with_capacity(N);
         for Projection { name, outputs, inputs, has_bias } in projections {
-            let shape = [outputs, inputs];
-            let weight = weights.take_matrix(&format!("{name}.weight"), shape, Slice::Rows)?;
+            let weight = take_linear(weights, &name, [outputs, inputs], Slice::Rows)?;
             let bias = has_bias
                 .then(|| weights.take_vector(&format!("{name}.bias"), outputs, Slice::Rows))
                 .transpose()?;
-            parts.push(Linear { weight: Layout::Dense(weight), bias });
+            parts.push(Linear { weight, bias });
         }
         let parts = parts.try_into().unwrap_or_else(|_| unreachable!("one part for each projection"));
         Ok(Self { parts })
@@ -71,12 +64,12 @@ impl RowParallel {
     /// This rank's share of the inputs. The bias is rank 0's, so that the sum over the ranks has it once.
     pub(super) fn load(weights: &mut Weights, projection: Projection) -> Result<Self, Error> {
         let Projection { name, outputs, inputs, has_bias } = projection;
-        let weight = weights.take_matrix(&format!("{name}.weight"), [outputs, inputs], Slice::Cols)?;
+        let weight = take_linear(weights, &name, [outputs, inputs], Slice::Cols)?;
         let bias = has_bias
             .then(|| weights.take_vector(&format!("{name}.bias"), outputs, Slice::Whole))
             .transpose()?
             .filter(|_| weights.partition().rank == 0);
-        Ok(Self { part: Linear { weight: Layout::Dense(weight), bias } })
+        Ok(Self { part: Linear { weight, bias } })
     }
 
     /// `x`: `[rows, this rank's inputs]`; `out`: `[rows, outputs]`, the same on all ranks.

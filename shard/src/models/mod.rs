@@ -14,11 +14,11 @@ mod qwen3;
 
 use std::path::Path;
 
-use kernels::DType;
+use kernels::{Context, DType};
 
-use crate::config::Dtype;
+use crate::config::{Dtype, Quantization};
 use crate::decoder::{Decoder, DecoderSpec, TensorNames};
-use crate::weights::{Partition, Weights};
+use crate::weights::{Partition, WeightTypes, Weights};
 
 use config::ModelConfig;
 
@@ -73,25 +73,33 @@ pub struct Model {
     pub dtype: DType,
 }
 
-/// Maps the checkpoint in `model_dir` (config.json, safetensors files, maybe generation_config.json) as rank `rank` of
-/// `world_size`. All that config.json can rule out is refused before a weight file is opened.
-pub fn load(
-    model_dir: &Path,
-    dtype: Option<Dtype>,
-    rank: usize,
-    world_size: usize,
-) -> Result<Model, LoadError> {
+/// How a checkpoint is loaded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LoadOptions {
+    /// Element type of weights (those that are not quantized) and KV cache; `None`: the checkpoint's.
+    pub dtype: Option<Dtype>,
+    /// Format of linear layers' weights; `None`: as they are stored.
+    pub quantize: Option<Quantization>,
+    /// Whose share of the weights.
+    pub partition: Partition,
+}
+
+/// Maps the checkpoint in `model_dir` (config.json, safetensors files, maybe generation_config.json), and quantizes its
+/// weights on `context` if that is asked for. All that config.json can rule out is refused before a weight file is opened.
+pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
+    let LoadOptions { dtype, quantize: quantization, partition } = options;
     let config = ModelConfig::read(model_dir)?;
     let invalid = |source| LoadError::Config { path: model_dir.join("config.json"), source };
     let architecture = find(&config).map_err(invalid)?;
     config.check().map_err(invalid)?;
     let spec = (architecture.spec)(&config).and_then(checked).map_err(invalid)?;
-    spec.check_partition(world_size)?;
+    spec.check_partition(partition.world_size)?;
     let eos_token_ids = generation_config::eos_token_ids(model_dir, &config)?;
 
     let dtype = dtype.map(element_type);
     let names = &architecture.tensor_names;
-    let mut weights = Weights::open(model_dir, dtype, Partition { rank, world_size })?;
+    let types = WeightTypes { dtype, quantization };
+    let mut weights = Weights::open(context, model_dir, types, partition)?;
     let decoder = Decoder::load(spec, names, &mut weights)?;
     let (num_parameters, weight_bytes) = (weights.num_parameters(), weights.size_in_bytes());
     let tied_head = decoder.spec().tied_head.then(|| format!("{}.weight", names.head));

@@ -21,7 +21,8 @@ use super::shard::ShardService;
 use super::socket::Socket;
 use crate::config::{ShardConfig, ShardPlacement};
 use crate::engine::{Engine, EngineEvents, EngineHandle, spawn};
-use crate::models;
+use crate::models::{self, LoadOptions};
+use crate::weights::Partition;
 
 /// How long ranks wait for each other, when they join and in each operation: longer than ranks differ in mapping and
 /// first reading their weights from a slow disk, shorter than a person's patience.
@@ -76,12 +77,17 @@ fn check(placement: &ShardPlacement) -> anyhow::Result<()> {
 /// Runs on the engine's thread.
 fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engine> {
     let ShardPlacement { model_dir, rank, world_size, .. } = placement;
-    let model = models::load(model_dir, config.dtype, *rank, *world_size)?;
+    let context = Context::cpu(placement.num_threads.unwrap_or_else(|| default_threads(*world_size)));
+    let options = LoadOptions {
+        dtype: config.dtype,
+        quantize: config.quantize,
+        partition: Partition { rank: *rank, world_size: *world_size },
+    };
+    let model = models::load(&context, model_dir, options)?;
     let communicator: Box<dyn Communicator> = match &placement.rendezvous {
         Some(path) if *world_size > 1 => Box::new(join(path, *rank, *world_size)?),
         _ => Box::new(Local),
     };
-    let context = Context::cpu(placement.num_threads.unwrap_or_else(|| default_threads(*world_size)));
     tracing::info!(rank, world_size, num_threads = context.num_threads(), "model loaded");
     Ok(Engine::new(model, context, communicator))
 }

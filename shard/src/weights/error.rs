@@ -65,6 +65,16 @@ pub enum Error {
         /// Its element type in the file.
         found: String,
     },
+    /// A tensor has values that the format asked for cannot hold.
+    #[error("{}: tensor {name} cannot be quantized: {message}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// Which value.
+        message: String,
+    },
     /// A value is too large for the element type that was asked for.
     #[error("tensor {name} has values that {dtype:?} cannot hold: use --dtype bfloat16 or float32")]
     Overflow {

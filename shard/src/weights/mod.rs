@@ -1,7 +1,7 @@
 //! Files on disk -> this rank's tensors.
 //!
 //! [`Weights`] hands out each tensor once, whole or as this rank's slice, in place in the mapped file wherever the element
-//! type allows it. The files' headers are read when it is opened; their pages when they are first multiplied with.
+//! type allows it and no other format is asked for. The files' headers are read when it is opened; their pages when they are first multiplied with.
 
 mod error;
 mod safetensors;
@@ -10,4 +10,4 @@ mod store;
 
 pub use error::Error;
 pub use slice::{Partition, Slice};
-pub use store::Weights;
+pub use store::{WeightTypes, Weights};

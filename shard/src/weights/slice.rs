@@ -11,6 +11,13 @@ pub struct Partition {
     pub world_size: usize,
 }
 
+impl Default for Partition {
+    /// A group of one.
+    fn default() -> Self {
+        Self { rank: 0, world_size: 1 }
+    }
+}
+
 impl Partition {
     /// This rank's part of `size` things, which `world_size` divides.
     pub fn range(self, size: usize) -> Range<usize> {

@@ -5,30 +5,63 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use kernels::mmap::MappedFile;
-use kernels::{DType, Tensor};
+use kernels::{Context, DType, Tensor};
 
 use super::safetensors::{self, StoredTensor};
 use super::{Error, Partition, Slice};
+use crate::config::Quantization;
+
+/// In which form tensors are wanted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WeightTypes {
+    /// The element type of matrices that are not quantized; `None` keeps what is stored.
+    pub dtype: Option<DType>,
+    /// The format of linear layers' weights; `None` leaves them dense.
+    pub quantization: Option<Quantization>,
+}
 
 /// The tensors of a checkpoint, each to be taken once.
-pub struct Weights {
+pub struct Weights<'a> {
+    context: &'a Context,
     dir: PathBuf,
     partition: Partition,
-    /// The element type asked for; `None` keeps what is stored.
-    dtype: Option<DType>,
+    types: WeightTypes,
     tensors: BTreeMap<String, StoredTensor>,
     num_parameters: u64,
     size_in_bytes: u64,
 }
 
-impl Weights {
-    /// Maps the files in `dir` and reads their headers.
+impl<'a> Weights<'a> {
+    /// Maps the files in `dir` and reads their headers. `context`: what quantizes.
     ///
-    /// With `dtype`, tensors whose stored type it does not represent exactly are converted when they are taken; the others,
-    /// and all without `dtype`, are used as they lie in the file.
-    pub fn open(dir: &Path, dtype: Option<DType>, partition: Partition) -> Result<Self, Error> {
+    /// With a `dtype`, tensors whose stored type it does not represent exactly are converted when they are taken; the
+    /// others, and all without it, are used as they lie in the file.
+    pub fn open(
+        context: &'a Context,
+        dir: &Path,
+        types: WeightTypes,
+        partition: Partition,
+    ) -> Result<Self, Error> {
         let tensors = safetensors::open(dir)?;
-        Ok(Self { dir: dir.to_owned(), partition, dtype, tensors, num_parameters: 0, size_in_bytes: 0 })
+        Ok(Self {
+            context,
+            dir: dir.to_owned(),
+            partition,
+            types,
+            tensors,
+            num_parameters: 0,
+            size_in_bytes: 0,
+        })
+    }
+
+    /// What they were opened with.
+    pub(crate) fn context(&self) -> &'a Context {
+        self.context
+    }
+
+    /// The format in which linear layers' weights are wanted; `None`: dense.
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        self.types.quantization
     }
 
     /// Whose slices these are.
@@ -66,12 +99,28 @@ impl Weights {
                 whole.narrow_cols(part.start, part.len())
             }
         };
-        let tensor = match self.dtype {
+        let tensor = match self.types.dtype {
             Some(dtype) if !represents(dtype, tensor.dtype()) => convert(name, &tensor, dtype)?,
             _ => tensor,
         };
         self.size_in_bytes += tensor.size_in_bytes() as u64;
         Ok(tensor)
+    }
+
+    /// The whole matrix `name`, `[rows, cols]`, as it is stored, for a format to make its weight of. The format adds the
+    /// weight's size.
+    pub(crate) fn take_stored(
+        &mut self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+    ) -> Result<StoredMatrix, Error> {
+        let stored = self.take(name, &[rows, cols])?;
+        Ok(StoredMatrix { name: name.to_owned(), matrix: stored.matrix(name, rows, cols)?, stored })
+    }
+
+    /// Counts the bytes of a weight that was made of a stored one.
+    pub(crate) fn add_size(&mut self, bytes: usize) {
+        self.size_in_bytes += bytes as u64;
     }
 
     /// The vector `name` of `len` elements, or this rank's part of it, as f32 `[1, len]`: norms and biases are small, and
@@ -117,6 +166,27 @@ impl Weights {
         }
         self.num_parameters += shape.iter().product::<usize>() as u64;
         Ok(stored)
+    }
+}
+
+/// A matrix of the checkpoint that is read once.
+pub(crate) struct StoredMatrix {
+    name: String,
+    /// f32, f16 or bf16, in place where the file keeps it aligned.
+    pub(crate) matrix: Tensor,
+    stored: StoredTensor,
+}
+
+impl StoredMatrix {
+    /// Tells the system that its pages are not read again, so that they do not count as this process's memory.
+    pub(crate) fn release(self) {
+        let start = self.stored.offset;
+        self.stored.file.release(start..start + self.matrix.size_in_bytes());
+    }
+
+    /// What is wrong with its values.
+    pub(crate) fn error(&self, message: String) -> Error {
+        Error::Value { path: self.stored.path.to_path_buf(), name: self.name.clone(), message }
     }
 }
 

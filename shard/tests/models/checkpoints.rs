@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use crate::rank::{Rank, assert_close, golden, golden_dir};
+use crate::rank::{Rank, assert_close, golden, golden_dir, load, of_rank};
 use kernels::DType;
 use serde_json::{Value, json};
 use shard::Dtype;
-use shard::models::{self, LoadError};
+use shard::models::{LoadError, LoadOptions};
 use tempfile::TempDir;
 
 /// A copy of a golden's config.json and weights, to be changed.
@@ -33,9 +33,13 @@ pub(crate) fn change_config(dir: &Path, changes: &Value) {
     std::fs::write(path, config.to_string()).unwrap();
 }
 
+fn as_type(dtype: Option<Dtype>) -> LoadOptions {
+    LoadOptions { dtype, ..LoadOptions::default() }
+}
+
 #[track_caller]
 fn load_error(dir: &Path, world_size: usize) -> LoadError {
-    models::load(dir, None, 0, world_size).err().expect("refused")
+    load(dir, of_rank(0, world_size)).err().expect("refused")
 }
 
 #[test]
@@ -116,7 +120,7 @@ fn windows_follow_from_each_architectures_own_fields() {
     fn check(name: &str, changes: &Value, expected: [Option<usize>; 2]) {
         let dir = copy_of(name);
         change_config(dir.path(), changes);
-        let model = models::load(dir.path(), None, 0, 1).unwrap();
+        let model = load(dir.path(), LoadOptions::default()).unwrap();
         let windows: Vec<_> = model.decoder.spec().layers.iter().map(|layer| layer.window).collect();
         assert_eq!(windows, expected, "{name} with {changes}");
     }
@@ -177,7 +181,7 @@ fn tensors_that_are_missing_or_left_over_are_refused() {
 fn weights_stay_mapped_unless_the_type_asked_for_cannot_hold_them() {
     #[track_caller]
     fn check(name: &str, asked: Option<Dtype>, dtype: DType, bytes_of_each: u64) {
-        let model = models::load(&golden_dir(name), asked, 0, 1).unwrap();
+        let model = load(&golden_dir(name), as_type(asked)).unwrap();
         let vectors = 5 * 64; // Two norms in each of two layers, and the last; always f32.
         assert_eq!(model.dtype, dtype, "{name}");
         assert_eq!(
@@ -198,8 +202,8 @@ fn weights_stay_mapped_unless_the_type_asked_for_cannot_hold_them() {
 fn converted_weights_compute_nearly_the_same() {
     let (prompt, _) = golden("llama").swap_remove(1);
     let stored = Rank::alone(&golden_dir("llama")).prompt(&prompt.token_ids);
-    let model = models::load(&golden_dir("llama"), Some(Dtype::Float16), 0, 1).unwrap();
-    let converted = Rank::new(model, Box::new(kernels::collective::Local)).prompt(&prompt.token_ids);
+    let converted =
+        Rank::loaded(&golden_dir("llama"), as_type(Some(Dtype::Float16))).prompt(&prompt.token_ids);
     assert_ne!(converted, stored);
     // Half precision keeps 11 bits; logits are of the order of ten.
     assert_close("f16", &converted, &stored, 0.1);
@@ -208,7 +212,7 @@ fn converted_weights_compute_nearly_the_same() {
 #[test]
 fn ranks_hold_their_share_of_the_weights() {
     let [whole, first, second] = [(0, 1), (0, 2), (1, 2)].map(|(rank, world_size)| {
-        let model = models::load(&golden_dir("llama"), None, rank, world_size).unwrap();
+        let model = load(&golden_dir("llama"), of_rank(rank, world_size)).unwrap();
         (model.num_parameters, model.weight_bytes)
     });
     let norms = 5 * 64 * 4;
@@ -219,7 +223,7 @@ fn ranks_hold_their_share_of_the_weights() {
 #[test]
 fn end_ids_come_from_generation_config_then_from_config() {
     let dir = copy_of("llama");
-    let eos_token_ids = || models::load(dir.path(), None, 0, 1).unwrap().eos_token_ids;
+    let eos_token_ids = || load(dir.path(), LoadOptions::default()).unwrap().eos_token_ids;
     assert_eq!(eos_token_ids(), [2]);
     std::fs::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": [5, 7]}"#).unwrap();
     assert_eq!(eos_token_ids(), [5, 7]);
@@ -275,7 +279,7 @@ proptest::proptest! {
         bytes[place] = byte;
         bytes.truncate(len.unwrap_or(usize::MAX));
         std::fs::write(&path, &bytes).unwrap();
-        let result = models::load(dir.path(), None, 0, 1);
+        let result = load(dir.path(), LoadOptions::default());
         proptest::prop_assert!(len.is_none() || result.is_err());
     }
 }

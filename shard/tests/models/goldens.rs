@@ -8,10 +8,10 @@ use std::time::Duration;
 use kernels::collective::SharedMemory;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use shard::models;
+use shard::models::LoadOptions;
 
 use crate::checkpoints::{change_config, copy_of};
-use crate::rank::{Chunk, GOLDENS, Rank, assert_close, golden, golden_dir};
+use crate::rank::{Chunk, GOLDENS, Rank, assert_close, golden, golden_dir, load, of_rank};
 
 /// Of logits and log-probabilities; f32 against f32 in another order of summation.
 const TOLERANCE: f32 = 2e-4;
@@ -116,12 +116,16 @@ fn sharded_files_give_the_bits_of_a_single_one() {
 fn two_ranks_compute_what_one_does() {
     for name in GOLDENS {
         let dir = golden_dir(name);
-        let ranks = on_two_ranks(&dir, |rank| {
-            let results = golden(name).into_iter().map(|(prompt, _)| {
-                (rank.prompt(&prompt.token_ids), rank.greedy(&prompt.token_ids, prompt.greedy.len()))
-            });
-            results.collect::<Vec<_>>()
-        });
+        let ranks = on_two_ranks(
+            &dir,
+            |rank| of_rank(rank, 2),
+            |rank| {
+                let results = golden(name).into_iter().map(|(prompt, _)| {
+                    (rank.prompt(&prompt.token_ids), rank.greedy(&prompt.token_ids, prompt.greedy.len()))
+                });
+                results.collect::<Vec<_>>()
+            },
+        );
         let [first, second] = ranks;
         assert!(first == second, "{name}: the ranks drifted apart");
         let mut alone = Rank::alone(&dir);
@@ -143,18 +147,23 @@ fn a_vocabulary_that_two_does_not_divide_is_held_by_both_ranks() {
     let dir = copy_of("llama");
     change_config(dir.path(), &serde_json::json!({"vocab_size": 383}));
     cut_last_row(&dir.path().join("model.safetensors"), &["model.embed_tokens.weight", "lm_head.weight"]);
-    let [first, second] = on_two_ranks(dir.path(), |rank| rank.prompt(&prompt.token_ids));
+    let [first, second] =
+        on_two_ranks(dir.path(), |rank| of_rank(rank, 2), |rank| rank.prompt(&prompt.token_ids));
     assert!(first == second, "the ranks drifted apart");
     assert_close("383 tokens", &first, &expected, TOLERANCE);
 }
 
-/// What `run` returns on each of two ranks that meet in shared memory.
-fn on_two_ranks<T: Send>(dir: &Path, run: impl Fn(&mut Rank) -> T + Sync) -> [T; 2] {
+/// What `run` returns on each of two ranks that meet in shared memory; `options`: of a rank.
+pub(crate) fn on_two_ranks<T: Send>(
+    dir: &Path,
+    options: impl Fn(usize) -> LoadOptions + Sync,
+    run: impl Fn(&mut Rank) -> T + Sync,
+) -> [T; 2] {
     let meeting_place = tempfile::tempdir().unwrap();
     let path = meeting_place.path().join("ranks");
     let run = |rank: usize| {
         let group = SharedMemory::join(&path, rank, 2, Duration::from_mins(1)).unwrap();
-        run(&mut Rank::new(models::load(dir, None, rank, 2).unwrap(), Box::new(group)))
+        run(&mut Rank::new(load(dir, options(rank)).unwrap(), Box::new(group)))
     };
     std::thread::scope(|scope| {
         let second = scope.spawn(|| run(1));

@@ -5,4 +5,6 @@ mod checkpoints;
 #[cfg(test)]
 mod goldens;
 #[cfg(test)]
+mod quantization;
+#[cfg(test)]
 mod rank;

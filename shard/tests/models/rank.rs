@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use kernels::collective::Local;
 use kernels::{Communicator, Context};
 use shard::decoder::{ForwardInput, KvCache, StepLimits};
-use shard::models::{self, Model};
+use shard::models::{self, LoadError, LoadOptions, Model};
+use shard::weights::Partition;
 
 /// All of `integration-tests/goldens`.
 pub(crate) const GOLDENS: &[&str] = &[
@@ -29,6 +30,16 @@ const MAX_POSITION: usize = BLOCK_SIZE * MAX_BLOCKS;
 
 pub(crate) fn golden_dir(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name)
+}
+
+/// Loads on two threads.
+pub(crate) fn load(dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
+    models::load(&Context::cpu(2), dir, options)
+}
+
+/// The share of one of several ranks.
+pub(crate) fn of_rank(rank: usize, world_size: usize) -> LoadOptions {
+    LoadOptions { partition: Partition { rank, world_size }, ..LoadOptions::default() }
 }
 
 /// What transformers computed for one prompt.
@@ -78,7 +89,12 @@ pub(crate) struct Rank {
 
 impl Rank {
     pub(crate) fn alone(dir: &Path) -> Self {
-        Self::new(models::load(dir, None, 0, 1).unwrap(), Box::new(Local))
+        Self::loaded(dir, LoadOptions::default())
+    }
+
+    /// A group of its own.
+    pub(crate) fn loaded(dir: &Path, options: LoadOptions) -> Self {
+        Self::new(load(dir, options).unwrap(), Box::new(Local))
     }
 
     pub(crate) fn new(mut model: Model, communicator: Box<dyn Communicator>) -> Self {

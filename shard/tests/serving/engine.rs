@@ -6,8 +6,9 @@ use proto::v1::{
     DataType, FinishReason, NewSequence, SamplingParameters, ScheduledSequence, StepRequest, StepResponse,
     StoppingParameters, WarmupRequest,
 };
+use shard::Error;
 use shard::engine::{Engine, Origin};
-use shard::{Error, models};
+use shard::models::{self, LoadOptions};
 
 use crate::checkpoints::{golden, golden_prompts, llama, llama_with_broken_token};
 use crate::driver::{
@@ -18,7 +19,9 @@ use crate::driver::{
 const LOGPROB_TOLERANCE: f32 = 2e-4;
 
 fn cold(dir: &std::path::Path) -> Engine {
-    Engine::new(models::load(dir, None, 0, 1).unwrap(), Context::cpu(2), Box::new(Local))
+    let context = Context::cpu(2);
+    let model = models::load(&context, dir, LoadOptions::default()).unwrap();
+    Engine::new(model, context, Box::new(Local))
 }
 
 fn warm(dir: &std::path::Path) -> Engine {

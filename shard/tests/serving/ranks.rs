@@ -6,8 +6,10 @@ use std::time::Duration;
 use kernels::Context;
 use kernels::collective::{Local, SharedMemory};
 use proto::v1::{NewSequence, StepRequest};
+use shard::Error;
 use shard::engine::{Engine, Origin};
-use shard::{Error, models};
+use shard::models::{self, LoadOptions};
+use shard::weights::Partition;
 
 use crate::checkpoints::llama;
 use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, request, unequal_requests};
@@ -17,8 +19,10 @@ const BLIND: Plan = Plan { blind: true, ..WHOLE_PROMPTS };
 
 fn rank(rendezvous: &Path, rank: usize) -> Engine {
     let communicator = SharedMemory::join(rendezvous, rank, 2, Duration::from_mins(1)).unwrap();
-    let mut engine =
-        Engine::new(models::load(&llama(), None, rank, 2).unwrap(), Context::cpu(1), Box::new(communicator));
+    let options = LoadOptions { partition: Partition { rank, world_size: 2 }, ..LoadOptions::default() };
+    let context = Context::cpu(1);
+    let model = models::load(&context, &llama(), options).unwrap();
+    let mut engine = Engine::new(model, context, Box::new(communicator));
     engine.warmup(&WARMUP).unwrap();
     engine
 }
@@ -41,8 +45,9 @@ fn tokens(engine: &mut Engine, requests: &[NewSequence]) -> Vec<Outcome> {
 
 #[test]
 fn two_ranks_choose_the_same_tokens_as_one_and_rank_0_reports_them() {
-    let mut alone =
-        Engine::new(models::load(&llama(), None, 0, 1).unwrap(), Context::cpu(2), Box::new(Local));
+    let context = Context::cpu(2);
+    let model = models::load(&context, &llama(), LoadOptions::default()).unwrap();
+    let mut alone = Engine::new(model, context, Box::new(Local));
     alone.warmup(&WARMUP).unwrap();
     let expected = tokens(&mut alone, &unequal_requests());
     let [first, second] = on_both(|_, mut engine| tokens(&mut engine, &unequal_requests()));
