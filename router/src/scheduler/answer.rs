@@ -42,10 +42,10 @@ pub(crate) struct SequenceOutput {
 pub(crate) enum Outcome {
     /// Its prompt is not computed to the end yet.
     Nothing,
-    /// A token was sampled, and the next one can be.
-    Sampled(Token),
-    /// A token was sampled, the last one.
-    Ended(Token, EndReason),
+    /// A token was sampled, or several where shards speculate, and the next one can be.
+    Sampled(Vec<Token>),
+    /// The same, and the last of them ends the sequence.
+    Ended(Vec<Token>, EndReason),
     /// The logits were not finite.
     InvalidLogits,
 }
@@ -65,6 +65,8 @@ pub(crate) enum WrongAnswer {
     NoToken { step: u64, sequence: SequenceId },
     #[error("step {step} computed a part of sequence {sequence} and sampled a token")]
     EarlyToken { step: u64, sequence: SequenceId },
+    #[error("step {step} sampled {got} tokens of sequence {sequence}, where {limit} could be")]
+    TooManyTokens { step: u64, sequence: SequenceId, got: usize, limit: usize },
     #[error("step {step} sampled the last of max_new_tokens of sequence {sequence} and did not end it")]
     NotEnded { step: u64, sequence: SequenceId },
     #[error(

@@ -157,7 +157,9 @@ impl BlockPool {
         };
         for table in tables {
             let (shared, own) = table.parts();
-            shared.iter().for_each(|block| *users.entry(*block).or_insert(0) += 1);
+            for block in shared {
+                *users.entry(*block).or_insert(0) += 1;
+            }
             own.iter().copied().for_each(&mut place);
         }
         self.free.iter().chain(in_cache.keys()).copied().for_each(&mut place);

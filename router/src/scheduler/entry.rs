@@ -14,9 +14,6 @@ use super::state::{RequestId, Submission};
 use super::token_stream::EventSender;
 use crate::metrics;
 
-/// Events that one step can cause for one request: log-probabilities of its prompt, and a token.
-const EVENTS_PER_STEP: usize = 2;
-
 /// A request with all that survives a preemption.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -87,11 +84,6 @@ impl Entry {
         self.request.prompt_logprobs && self.prompt_reported + 1 < self.request.prompt.len()
     }
 
-    /// Whether its reader has room for the events of `num_steps` steps.
-    pub(crate) fn has_room(&self, num_steps: usize) -> bool {
-        self.events.has_room(num_steps * EVENTS_PER_STEP)
-    }
-
     /// Tells the reader, the first time, that the request left the queue with `cached_tokens` from the cache.
     pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize) {
         if !std::mem::replace(&mut self.started, true) {
@@ -114,12 +106,15 @@ impl Entry {
         }
     }
 
-    /// Reports a generated token.
-    pub(crate) fn report_token(&mut self, token: Token, end: Option<EndReason>) {
-        metrics::record_generated_token();
-        self.generated.push(token.id);
+    /// Reports generated tokens, and why the last of them ends the request, if it does.
+    pub(crate) fn report_tokens(&mut self, tokens: Vec<Token>, end: Option<EndReason>) {
+        let last = tokens.len() - 1;
+        for (index, token) in tokens.into_iter().enumerate() {
+            metrics::record_generated_token();
+            self.generated.push(token.id);
+            self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last) });
+        }
         self.hashes.extend(&self.request.prompt, &self.generated);
-        self.events.send(TokenEvent::Token { token, end });
     }
 }
 
@@ -143,7 +138,7 @@ pub(crate) struct Sequence {
     pub(crate) computed: usize,
     /// Of these, the ones in steps that were answered.
     pub(crate) answered: usize,
-    /// Tokens that steps in flight will sample: known to the shards, not yet here.
+    /// Rows in flight that will sample: a token known to the shards and not yet here, or more where they speculate.
     pub(crate) sampling: usize,
     /// Steps in flight that compute some of it.
     pub(crate) steps_in_flight: usize,
@@ -155,10 +150,5 @@ impl Running {
     /// Tokens that the shards know, those that steps in flight will sample included.
     pub(crate) fn len(&self) -> usize {
         self.entry.len() + self.sequence.sampling
-    }
-
-    /// Whether its reader has room for the events of one more step.
-    pub(crate) fn has_room(&self) -> bool {
-        self.entry.has_room(self.sequence.steps_in_flight + 1)
     }
 }

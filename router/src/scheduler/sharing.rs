@@ -23,11 +23,13 @@ impl Scheduler {
     pub(super) fn running_candidate(&self, running: &Running) -> Candidate {
         let Running { entry, sequence } = running;
         let last = entry.generated.len() + sequence.sampling >= entry.request.max_new_tokens as usize;
-        let has_room = running.has_room();
+        // How far the shards are with a row that speculates is known when it is answered.
+        let unknown = sequence.sampling > 0 && self.limits.max_sampled_tokens > 1;
+        let has_room = self.has_room(running);
         Candidate {
             request: entry.id,
             // The last token needs no keys and values: nothing is sampled after it.
-            len: if last { sequence.computed } else { running.len() },
+            len: if last || unknown { sequence.computed } else { running.len() },
             computed: sequence.computed,
             num_blocks: sequence.table.blocks().len(),
             num_available: if has_room { 0 } else { self.blocks.num_returned_by(&sequence.table) },
@@ -44,7 +46,7 @@ impl Scheduler {
             computed: 0,
             num_blocks: 0,
             num_available: 0,
-            has_room: entry.has_room(1),
+            has_room: entry.events.has_room(self.limits.events_per_step()),
             next_block: NextBlock::Own,
         };
         // Log-probabilities need the logits of each position, so all is computed again.
@@ -81,7 +83,12 @@ impl Scheduler {
     /// Whether a running request is about to compute the block with this hash. One whose reader has stalled is not.
     fn is_coming(&self, hash: u64) -> bool {
         let computing = self.coming.get(&hash).and_then(|request| self.running.get(request));
-        computing.is_some_and(Running::has_room)
+        computing.is_some_and(|running| self.has_room(running))
+    }
+
+    /// Whether its reader has room for the events of the steps in flight and of one more.
+    fn has_room(&self, Running { entry, sequence }: &Running) -> bool {
+        entry.events.has_room((sequence.steps_in_flight + 1) * self.limits.events_per_step())
     }
 
     /// Lets others wait for the blocks that a request which was just let in will compute.

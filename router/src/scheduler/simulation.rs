@@ -92,6 +92,7 @@ impl Simulation {
                 },
                 steps_in_flight: limits.steps_in_flight,
                 prefix_caching: limits.prefix_caching,
+                max_sampled_tokens: 1,
             }),
             handle,
             events,
@@ -219,7 +220,8 @@ impl Sequence {
         self.known += 1;
         let (end, reason) = self.end;
         self.ended = self.known == end;
-        let outcome = if self.ended { Outcome::Ended(token, reason) } else { Outcome::Sampled(token) };
+        let tokens = vec![token];
+        let outcome = if self.ended { Outcome::Ended(tokens, reason) } else { Outcome::Sampled(tokens) };
         Some(SequenceOutput { sequence: scheduled.sequence, prompt: Vec::new(), outcome })
     }
 

@@ -160,6 +160,8 @@ pub async fn start(
             Device::Cuda => 2,
         }),
         prefix_caching: config.prefix_caching,
+        // The shards do not speculate.
+        max_sampled_tokens: 1,
     };
     let shards = group.run(limits.steps_in_flight).await?;
     let (handle, events) = SchedulerHandle::new(wish.max_concurrent_requests, serving.kv_cache_tokens);

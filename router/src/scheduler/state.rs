@@ -14,7 +14,7 @@ use super::blocks::BlockPool;
 use super::entry::{Entry, Running, Sequence};
 use super::prefix_cache::Match;
 use super::queue::Queue;
-use super::request::{Failure, TokenRequest};
+use super::request::{EndReason, Failure, Token, TokenRequest};
 use super::token_stream::EventSender;
 use crate::metrics::{self, SchedulerGauges, StepDurations, StepMethod};
 
@@ -60,6 +60,16 @@ pub(crate) struct Limits {
     pub(crate) steps_in_flight: usize,
     /// Whether computed blocks are kept and shared.
     pub(crate) prefix_caching: bool,
+    /// Most tokens that a row may sample, >= 1. With more than 1, where shards speculate, nothing is run ahead behind a
+    /// row that samples.
+    pub(crate) max_sampled_tokens: usize,
+}
+
+impl Limits {
+    /// Events that one step can cause for one request: log-probabilities of its prompt, and tokens.
+    pub(super) fn events_per_step(&self) -> usize {
+        1 + self.max_sampled_tokens
+    }
 }
 
 /// By hash, blocks that a running request is about to compute. Of several that do, the first.
@@ -399,6 +409,7 @@ impl Scheduler {
         }
         running.entry.report_prompt(row.first + 1, prompt);
 
+        let ended = matches!(outcome, Outcome::Ended(..));
         match (outcome, row.samples) {
             (Outcome::Nothing | Outcome::InvalidLogits, false) => {}
             (Outcome::Nothing | Outcome::InvalidLogits, true) => {
@@ -407,22 +418,43 @@ impl Scheduler {
             (Outcome::Sampled(_) | Outcome::Ended(..), false) => {
                 return Err(WrongAnswer::EarlyToken { step, sequence });
             }
-            (Outcome::Sampled(token), true) => {
-                if running.entry.generated.len() + 1 >= running.entry.request.max_new_tokens as usize {
-                    return Err(WrongAnswer::NotEnded { step, sequence });
-                }
-                running.entry.report_token(token, None);
-            }
-            (Outcome::Ended(token, end), true) => {
-                // The last token's keys and values are not computed, even if a step in flight was to do it.
-                running.sequence.computed = running.entry.len();
-                running.entry.report_token(token, Some(end));
-                self.share(row.request);
-                self.remove(row.request);
-                return Ok(());
-            }
+            (Outcome::Sampled(tokens), true) => self.sampled(step, row, tokens, None)?,
+            (Outcome::Ended(tokens, end), true) => self.sampled(step, row, tokens, Some(end))?,
         }
         self.share(row.request);
+        if ended {
+            self.remove(row.request);
+        }
+        Ok(())
+    }
+
+    /// Takes the tokens that a row has sampled. Keys and values of all of them but the last are computed too.
+    fn sampled(
+        &mut self,
+        step: u64,
+        row: &InFlightRow,
+        tokens: Vec<Token>,
+        end: Option<EndReason>,
+    ) -> Result<(), WrongAnswer> {
+        let running = self.running.get_mut(&row.request).expect("a row that is done is of a running request");
+        let Running { entry, sequence } = running;
+        let slots = sequence.table.blocks().len() * self.limits.budget.block_size;
+        let remaining = entry.request.max_new_tokens as usize - entry.generated.len();
+        let limit = self.limits.max_sampled_tokens.min(slots - sequence.answered + 1).min(remaining);
+        let got = tokens.len();
+        if !(1..=limit).contains(&got) {
+            return Err(WrongAnswer::TooManyTokens { step, sequence: row.sequence, got, limit });
+        }
+        if got == remaining && end.is_none() {
+            return Err(WrongAnswer::NotEnded { step, sequence: row.sequence });
+        }
+        entry.report_tokens(tokens, end);
+        sequence.answered += got - 1;
+        sequence.computed = sequence.computed.max(sequence.answered);
+        if end.is_some() {
+            // A step in flight that was to go on skips it.
+            sequence.computed = sequence.answered;
+        }
         Ok(())
     }
 }

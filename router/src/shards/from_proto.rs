@@ -12,8 +12,6 @@ use crate::scheduler::{EndReason, Outcome, SequenceOutput, StepAnswer, StepTimes
 pub(crate) enum InvalidAnswer {
     #[error("sequence {sequence} got token {token} from a vocabulary of {vocab_size}")]
     Token { sequence: u64, token: u32, vocab_size: usize },
-    #[error("sequence {sequence} got {tokens} tokens in one step, and speculation was not asked for")]
-    TooManyTokens { sequence: u64, tokens: usize },
     #[error("sequence {sequence} ended without a last token")]
     EndWithoutToken { sequence: u64 },
     #[error("sequence {sequence} ended for the unknown reason {reason}")]
@@ -52,24 +50,21 @@ fn sequence_output(output: &v1::SequenceOutput, vocab_size: usize) -> Result<Seq
         tokens.iter().map(|sampled| token(sequence, sampled, vocab_size)).collect::<Result<Vec<_>, _>>()
     };
     let prompt = tokens(&output.prompt_tokens)?;
-    let mut sampled = tokens(&output.tokens)?;
+    let sampled = tokens(&output.tokens)?;
     // Only logits that are not finite give such a number. It concerns this sequence alone, and JSON cannot hold it.
     if prompt.iter().chain(&sampled).any(has_nan) {
         return Ok(failed(Vec::new()));
-    }
-    if sampled.len() > 1 {
-        return Err(InvalidAnswer::TooManyTokens { sequence, tokens: sampled.len() });
     }
     let end = match reason {
         v1::FinishReason::Eos => Some(EndReason::Eos),
         v1::FinishReason::Length => Some(EndReason::Length),
         v1::FinishReason::Unspecified | v1::FinishReason::InvalidLogits => None,
     };
-    let outcome = match (sampled.pop(), end) {
-        (Some(token), Some(end)) => Outcome::Ended(token, end),
-        (Some(token), None) => Outcome::Sampled(token),
-        (None, None) => Outcome::Nothing,
-        (None, Some(_)) => return Err(InvalidAnswer::EndWithoutToken { sequence }),
+    let outcome = match (sampled.is_empty(), end) {
+        (false, Some(end)) => Outcome::Ended(sampled, end),
+        (false, None) => Outcome::Sampled(sampled),
+        (true, None) => Outcome::Nothing,
+        (true, Some(_)) => return Err(InvalidAnswer::EndWithoutToken { sequence }),
     };
     Ok(SequenceOutput { sequence: SequenceId(sequence), prompt, outcome })
 }
@@ -104,14 +99,16 @@ mod tests {
 
     #[test]
     fn tokens_and_ends_are_told_apart() {
-        let token = Token { id: TokenId(3), logprob: -0.5, top: vec![(TokenId(3), -0.5)] };
+        let tokens = vec![Token { id: TokenId(3), logprob: -0.5, top: vec![(TokenId(3), -0.5)] }];
         let check = |tokens: Vec<v1::SampledToken>, reason: v1::FinishReason, outcome: Outcome| {
             assert_eq!(sequence_output(&output(tokens, reason.into()), 10).unwrap().outcome, outcome);
         };
         check(vec![], v1::FinishReason::Unspecified, Outcome::Nothing);
-        check(vec![sampled(3, -0.5)], v1::FinishReason::Unspecified, Outcome::Sampled(token.clone()));
-        check(vec![sampled(3, -0.5)], v1::FinishReason::Eos, Outcome::Ended(token.clone(), EndReason::Eos));
-        check(vec![sampled(3, -0.5)], v1::FinishReason::Length, Outcome::Ended(token, EndReason::Length));
+        check(vec![sampled(3, -0.5)], v1::FinishReason::Unspecified, Outcome::Sampled(tokens.clone()));
+        check(vec![sampled(3, -0.5)], v1::FinishReason::Eos, Outcome::Ended(tokens.clone(), EndReason::Eos));
+        let two = [tokens.clone(), tokens.clone()].concat();
+        check(vec![sampled(3, -0.5); 2], v1::FinishReason::Unspecified, Outcome::Sampled(two));
+        check(vec![sampled(3, -0.5)], v1::FinishReason::Length, Outcome::Ended(tokens, EndReason::Length));
         check(vec![sampled(99, f32::NAN)], v1::FinishReason::InvalidLogits, Outcome::InvalidLogits);
         check(vec![sampled(3, f32::NAN)], v1::FinishReason::Unspecified, Outcome::InvalidLogits);
     }
@@ -122,11 +119,6 @@ mod tests {
             assert_eq!(sequence_output(&output(tokens, reason), 10).unwrap_err(), expected);
         };
         check(vec![sampled(10, 0.0)], 0, InvalidAnswer::Token { sequence: 7, token: 10, vocab_size: 10 });
-        check(
-            vec![sampled(1, 0.0), sampled(2, 0.0)],
-            0,
-            InvalidAnswer::TooManyTokens { sequence: 7, tokens: 2 },
-        );
         check(vec![], v1::FinishReason::Eos.into(), InvalidAnswer::EndWithoutToken { sequence: 7 });
         check(vec![], 99, InvalidAnswer::FinishReason { sequence: 7, reason: 99 });
     }

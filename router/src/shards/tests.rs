@@ -294,7 +294,7 @@ async fn a_step_is_answered_when_all_ranks_have_answered_it() {
         assert_eq!(answer.step, id);
         let [output] = answer.outputs.as_slice() else { panic!("{answer:?}") };
         assert_eq!(output.sequence, SequenceId(id));
-        assert!(matches!(&output.outcome, Outcome::Sampled(token) if token.id == TokenId(4)));
+        assert!(matches!(&output.outcome, Outcome::Sampled(tokens) if tokens[0].id == TokenId(4)));
     }
 }
 

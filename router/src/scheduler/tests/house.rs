@@ -35,6 +35,7 @@ pub(super) const LIMITS: Limits = Limits {
     budget: Budget { max_prefill_tokens: 16, max_sequences: 8, block_size: 4 },
     steps_in_flight: 1,
     prefix_caching: true,
+    max_sampled_tokens: 1,
 };
 
 /// A request for `max_new_tokens`, whatever is sampled. Its prompt is made from `first`, which makes it unlike others.

@@ -165,11 +165,29 @@ impl ModelShard {
                 outcome: Outcome::Nothing,
             });
         }
-        let outcome = choose(&sequence.request, sequence.tokens.len(), hash);
-        match &outcome {
-            Outcome::Sampled(token) => sequence.tokens.push(token.id),
-            Outcome::Ended(..) | Outcome::InvalidLogits | Outcome::Nothing => sequence.ended = true,
-        }
+        // As if so many had been guessed right: as many as a hash says, and slots are there for.
+        let most = 1 + (hash % self.limits.max_sampled_tokens as u64) as usize;
+        let most = most.min(1 + sequence.blocks.len() * block_size - end);
+        let mut tokens = Vec::new();
+        let outcome = loop {
+            let Some((token, end)) = choose(&sequence.request, sequence.tokens.len(), hash) else {
+                sequence.ended = true;
+                break Outcome::InvalidLogits;
+            };
+            sequence.tokens.push(token.id);
+            hash = mix(hash, token.id);
+            tokens.push(token);
+            sequence.ended = end.is_some();
+            match end {
+                Some(end) => break Outcome::Ended(tokens, end),
+                None if tokens.len() == most => break Outcome::Sampled(tokens),
+                None => {
+                    let slot = sequence.blocks[sequence.computed / block_size].0 as usize * block_size;
+                    self.slots[slot + sequence.computed % block_size] = hash;
+                    sequence.computed += 1;
+                }
+            }
+        };
         Some(SequenceOutput { sequence: id, prompt, outcome })
     }
 }
@@ -194,36 +212,29 @@ pub(super) fn alone(request: &TokenRequest) -> Transcript {
             transcript.prompt.push(token(hash, next));
         }
     }
-    loop {
-        match choose(request, request.prompt.len() + transcript.tokens.len(), hash) {
-            Outcome::Sampled(token) => {
-                hash = mix(hash, token.id);
-                transcript.tokens.push(token);
-            }
-            Outcome::Ended(token, end) => {
-                transcript.tokens.push(token);
-                transcript.end = Some(end);
-                return transcript;
-            }
-            Outcome::InvalidLogits | Outcome::Nothing => return transcript,
-        }
+    while transcript.end.is_none() {
+        let len = request.prompt.len() + transcript.tokens.len();
+        let Some((token, end)) = choose(request, len, hash) else { break };
+        hash = mix(hash, token.id);
+        transcript.tokens.push(token);
+        transcript.end = end;
     }
+    transcript
 }
 
-/// The token after `len` ones that hash to `hash`.
-fn choose(request: &TokenRequest, len: usize, hash: u64) -> Outcome {
+/// The token after `len` ones that hash to `hash`, and why it is the last one; nothing where logits are not finite.
+fn choose(request: &TokenRequest, len: usize, hash: u64) -> Option<(Token, Option<EndReason>)> {
     if request.prompt[0] == POISON {
-        return Outcome::InvalidLogits;
+        return None;
     }
     let token = token(hash, TokenId((mix(hash, TokenId(7)) % VOCAB_SIZE) as u32));
     let generated = len + 1 - request.prompt.len();
-    if token.id == EOS && !request.ignore_eos {
-        Outcome::Ended(token, EndReason::Eos)
-    } else if generated == request.max_new_tokens as usize {
-        Outcome::Ended(token, EndReason::Length)
+    let end = if token.id == EOS && !request.ignore_eos {
+        Some(EndReason::Eos)
     } else {
-        Outcome::Sampled(token)
-    }
+        (generated == request.max_new_tokens as usize).then_some(EndReason::Length)
+    };
+    Some((token, end))
 }
 
 fn token(hash: u64, id: TokenId) -> Token {

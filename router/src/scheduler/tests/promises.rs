@@ -311,7 +311,7 @@ fn an_answer_that_does_not_fit_the_step_fails_the_shards_and_says_why() {
             assert!(reason.contains(part), "{reason}");
         }
     };
-    let sampled = || output(1, Outcome::Sampled(token()));
+    let sampled = || output(1, Outcome::Sampled(vec![token()]));
     check(4, 9, vec![], vec![], "step 9 was answered where the answer to Some(1) was due");
     check(4, 1, vec![], vec![], "up to its last token and sampled none");
     check(4, 1, vec![sampled(), sampled()], vec![], "two outputs");
@@ -319,7 +319,7 @@ fn an_answer_that_does_not_fit_the_step_fails_the_shards_and_says_why() {
     check(
         4,
         1,
-        vec![sampled(), output(2, Outcome::Sampled(token()))],
+        vec![sampled(), output(2, Outcome::Sampled(vec![token()]))],
         vec![],
         "computed a part of sequence 2",
     );
@@ -332,6 +332,30 @@ fn an_answer_that_does_not_fit_the_step_fails_the_shards_and_says_why() {
     );
     check(4, 1, vec![], vec![SequenceId(1)], "skipped sequence 1");
     check(1, 1, vec![sampled()], vec![], "did not end it");
+    check(
+        4,
+        1,
+        vec![output(1, Outcome::Sampled(vec![token(), token()]))],
+        vec![],
+        "sampled 2 tokens of sequence 1, where 1",
+    );
+}
+
+#[test]
+fn a_row_may_sample_several_tokens() {
+    let mut house = House::new(Limits { max_sampled_tokens: 4, steps_in_flight: 2, ..LIMITS });
+    house.submit(vec![request(1, 10, 40), request(2, 10, 40)]).unwrap();
+    house.finish();
+    let rows = house.sent.iter().map(|step| step.schedule.len()).sum::<usize>();
+    assert!(rows < 60, "{rows} rows for 80 tokens");
+    house.check_all_as_alone();
+    // What was computed for more than one token is in the cache too.
+    let mut next = house.readers[0].request.clone();
+    next.prompt.extend(house.readers[0].transcript.tokens.iter().map(|token| token.id));
+    let next = house.submit_one(next);
+    house.finish();
+    assert_eq!(house.readers[next].cached_tokens, 48);
+    house.check_empty();
 }
 
 #[test]

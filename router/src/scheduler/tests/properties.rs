@@ -20,16 +20,19 @@ enum Op {
 
 fn limits() -> impl Strategy<Value = Limits> {
     let caching = prop::bool::weighted(0.9);
-    (2..60_u32, 1..9_usize, 1..40_usize, 1..7_usize, 1..4_usize, caching).prop_map(
-        |(num_blocks, block_size, max_prefill_tokens, max_sequences, steps_in_flight, prefix_caching)| {
-            Limits {
-                num_blocks,
-                budget: Budget { max_prefill_tokens, max_sequences, block_size },
-                steps_in_flight,
-                prefix_caching,
-            }
-        },
-    )
+    let max_sampled_tokens = prop_oneof![3 => Just(1_usize), 1 => 2..5_usize];
+    let cache = (2..60_u32, 1..9_usize, caching);
+    let step = (1..40_usize, 1..7_usize, 1..4_usize, max_sampled_tokens);
+    (cache, step).prop_map(|((num_blocks, block_size, prefix_caching), step)| {
+        let (max_prefill_tokens, max_sequences, steps_in_flight, max_sampled_tokens) = step;
+        Limits {
+            num_blocks,
+            budget: Budget { max_prefill_tokens, max_sequences, block_size },
+            steps_in_flight,
+            prefix_caching,
+            max_sampled_tokens,
+        }
+    })
 }
 
 fn token_request() -> impl Strategy<Value = TokenRequest> {
