@@ -252,9 +252,9 @@ pub(crate) fn record_running_timeout() {
 pub(crate) enum Stage {
     /// Choosing the rows of the next step.
     Plan,
-    /// A step to its message.
+    /// A step to its message and the message to bytes, for each rank.
     Encode,
-    /// An answer's message to an answer.
+    /// The bytes of an answer's message, of each rank, to an answer.
     Decode,
     /// What follows from an answer: sequences advance, tokens go to their readers.
     Apply,

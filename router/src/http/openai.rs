@@ -225,7 +225,6 @@ impl Head {
 
 /// Counts of tokens.
 #[derive(Debug, Clone, Copy, Serialize)]
-#[expect(clippy::struct_field_names, reason = "the fields' names are OpenAI's")]
 struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,

@@ -140,7 +140,7 @@ pub async fn start(
     phase: &watch::Sender<StartPhase>,
 ) -> Result<(SchedulerHandle, ServingInfo), StartError> {
     phase.send_replace(StartPhase::Connecting);
-    let mut group = shards::connect(&shard_addresses, LOADING_DEADLINE).await?;
+    let group = shards::connect(&shard_addresses, LOADING_DEADLINE).await?;
     let wish = Wish::new(config, group.info())?;
 
     phase.send_replace(StartPhase::WarmingUp);

@@ -5,11 +5,11 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use proto::client::{self, ShardAddress};
 use proto::v1;
-use proto::v1::shard_client::ShardClient;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 use tonic::transport::Channel;
 
+use super::codec;
 use super::group::{Rank, ShardGroup};
 use super::info::{Device, GroupInfo, InfoError};
 
@@ -89,7 +89,7 @@ pub enum ShardError {
 
 /// A group whose ranks have their weights, and no KV cache yet.
 pub(crate) struct ConnectedGroup {
-    clients: Vec<ShardClient<Channel>>,
+    channels: Vec<Channel>,
     info: GroupInfo,
 }
 
@@ -102,9 +102,9 @@ pub(crate) async fn connect(
         return Err(ShardError::NoAddress);
     }
     let ranks = addresses.iter().enumerate().map(|(rank, address)| connect_rank(rank, address, deadline));
-    let (clients, infos): (Vec<_>, Vec<_>) = try_join_all(ranks).await?.into_iter().unzip();
+    let (channels, infos): (Vec<_>, Vec<_>) = try_join_all(ranks).await?.into_iter().unzip();
     let info = GroupInfo::try_new(&infos).map_err(|(rank, error)| ShardError::Info { rank, error })?;
-    Ok(ConnectedGroup { clients, info })
+    Ok(ConnectedGroup { channels, info })
 }
 
 impl ConnectedGroup {
@@ -116,11 +116,12 @@ impl ConnectedGroup {
     /// Sizes and allocates the KV cache, on all ranks at once, since they meet in collectives. Returns the number of
     /// blocks that all have, >= 1.
     pub(crate) async fn warmup(
-        &mut self,
+        &self,
         request: v1::WarmupRequest,
         deadline: Duration,
     ) -> Result<u32, ShardError> {
-        let calls = self.clients.iter_mut().enumerate().map(|(rank, client)| async move {
+        let calls = self.channels.iter().enumerate().map(|(rank, channel)| async move {
+            let mut client = client::shard_client(channel.clone());
             let response = call(rank, "Warmup", deadline, client.warmup(request)).await?;
             if response.num_blocks == 0 {
                 Err(ShardError::NoBlocks { rank })
@@ -134,10 +135,10 @@ impl ConnectedGroup {
 
     /// Opens the streams of steps. No more than `steps_in_flight` steps may be without an answer.
     pub(crate) async fn run(self, steps_in_flight: usize) -> Result<ShardGroup, ShardError> {
-        let ranks = self.clients.into_iter().enumerate().map(|(rank, mut client)| async move {
+        let ranks = self.channels.into_iter().enumerate().map(|(rank, channel)| async move {
             let (steps, requests) = tokio::sync::mpsc::channel(steps_in_flight);
             let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-            let responses = call(rank, "Run", CONNECT_TIMEOUT, client.run(requests)).await?;
+            let responses = call(rank, "Run", CONNECT_TIMEOUT, codec::run(channel, requests)).await?;
             Ok(Rank { steps, responses })
         });
         let ranks = try_join_all(ranks).await?;
@@ -159,15 +160,15 @@ async fn connect_rank(
     rank: usize,
     address: &ShardAddress,
     deadline: Duration,
-) -> Result<(ShardClient<Channel>, v1::InfoResponse), ShardError> {
+) -> Result<(Channel, v1::InfoResponse), ShardError> {
     let end = Instant::now() + deadline;
     loop {
         let reason = match client::connect(address, CONNECT_TIMEOUT).await {
             Ok(channel) => {
-                let mut client = client::shard_client(channel);
+                let mut client = client::shard_client(channel.clone());
                 let left = end.saturating_duration_since(Instant::now());
                 match timeout(left, client.info(v1::InfoRequest {})).await {
-                    Ok(Ok(info)) => return Ok((client, info.into_inner())),
+                    Ok(Ok(info)) => return Ok((channel, info.into_inner())),
                     Ok(Err(status)) if status.code() == Code::Unavailable => status.message().to_owned(),
                     Ok(Err(status)) => return Err(rpc_error(rank, "Info", &status)),
                     Err(_) => "no answer to Info".to_owned(),

@@ -1,6 +1,7 @@
 //! All ranks of a tensor-parallel group, seen as one shard: every rank gets the same steps in the same order, and a step
 //! is answered when all have answered.
 
+mod codec;
 mod connect;
 mod from_proto;
 mod group;

@@ -7,12 +7,14 @@ use std::str::FromStr;
 use proto::units::TokenId;
 
 use super::LoadError;
+use super::pieces::{Pieces, byte_of_char};
 
 /// A tokenizer of the `tokenizers` library, without its truncation and padding: both are for training.
 pub(crate) struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: HashSet<u32>,
     byte_level: bool,
+    pieces: Option<Pieces>,
 }
 
 /// The tokenizer could not encode a text.
@@ -41,11 +43,12 @@ impl Tokenizer {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| *id)
             .collect();
-        let byte_level = inner
-            .get_decoder()
-            .and_then(|decoder| serde_json::to_string(decoder).ok())
-            .is_some_and(|json| json.contains("\"type\":\"ByteLevel\""));
-        Ok(Self { inner, special, byte_level })
+        let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_value(decoder).ok());
+        let decoder = decoder.unwrap_or_default();
+        let byte_level = decoder.to_string().contains("\"type\":\"ByteLevel\"");
+        let last_token = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        let pieces = Pieces::new(&decoder, last_token, |id| inner.id_to_token(id));
+        Ok(Self { inner, special, byte_level, pieces })
     }
 
     /// Ids of `text`. `add_special_tokens`: also those that the tokenizer puts around a text (a BOS, usually); a
@@ -62,6 +65,11 @@ impl Tokenizer {
     /// text.
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         self.inner.decode(ids, false).unwrap_or_default()
+    }
+
+    /// What each token adds to a text, where that can be looked up.
+    pub(super) fn pieces(&self) -> Option<&Pieces> {
+        self.pieces.as_ref()
     }
 
     /// Whether `id` is a control token, which is no part of a text.
@@ -83,7 +91,11 @@ impl Tokenizer {
             return piece.into_bytes();
         }
         if self.byte_level {
-            return piece.chars().flat_map(byte_of_char).collect();
+            let bytes = |character: char| match byte_of_char(character) {
+                Some(byte) => vec![byte],
+                None => character.to_string().into_bytes(),
+            };
+            return piece.chars().flat_map(bytes).collect();
         }
         if let Some(hex) = piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'))
             && let Ok(byte) = u8::from_str_radix(hex, 16)
@@ -95,19 +107,6 @@ impl Tokenizer {
             return piece.replace('\u{2581}', " ").into_bytes();
         }
         self.decode(&[id.0]).into_bytes()
-    }
-}
-
-/// Inverse of GPT-2's `bytes_to_unicode`: printable Latin-1 stands for itself, the other bytes were moved in order to
-/// U+0100 and up. A character outside of this table stands for its own UTF-8.
-fn byte_of_char(character: char) -> Vec<u8> {
-    let code = u32::from(character);
-    match code {
-        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => vec![code as u8],
-        0x100..=0x120 => vec![(code - 0x100) as u8],
-        0x121..=0x142 => vec![(code - 0x121 + 0x7f) as u8],
-        0x143 => vec![0xad],
-        _ => character.to_string().into_bytes(),
     }
 }
 
@@ -123,7 +122,7 @@ pub(crate) mod tests {
         for byte in 0..=255u8 {
             let character = (0..0x144u32)
                 .filter_map(char::from_u32)
-                .find(|c| *c as u32 > 0x20 && byte_of_char(*c) == [byte])
+                .find(|c| *c as u32 > 0x20 && byte_of_char(*c) == Some(byte))
                 .expect("each byte has a character");
             write!(vocab, "{}:{byte},", serde_json::to_string(&character.to_string()).unwrap()).unwrap();
         }
