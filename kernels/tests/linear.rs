@@ -203,20 +203,60 @@ fn fused_parts_have_the_bits_of_parts_alone() {
     }
 }
 
+/// The order of additions that the operation promises: sixteen lanes along k, then halves onto each other.
+fn in_lanes_and_a_tree(weight: &[f32], x: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; 16];
+    for (i, (weight, x)) in weight.iter().zip(x).enumerate() {
+        lanes[i % 16] = weight.mul_add(*x, lanes[i % 16]);
+    }
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    lanes[0]
+}
+
 #[test]
-fn avx2_and_avx512_give_the_same_bits() {
+fn every_cpu_that_rounds_a_multiply_add_once_gives_the_same_bits() {
     let mut rng = rng(6);
-    let contexts: Vec<Context> = [Level::Avx2, Level::Avx512]
-        .into_iter()
-        .filter(|level| level.is_available())
-        .map(|level| Context::cpu_with_level(1, level))
-        .collect();
-    for dtype in FLOATS {
-        let (weight, x) = (tensor(&mut rng, 50, 611, dtype), tensor(&mut rng, 20, 611, DType::F32));
-        let parts = [LinearPart { weight: Weight::Dense(&weight), bias: None }];
-        let results: Vec<Vec<f32>> = contexts.iter().map(|context| run(context, x.view(), &parts)).collect();
-        for result in &results {
-            assert_same_bits(result, &results[0], &format!("{dtype:?}"));
+    let mut levels = vec![Level::Avx2, Level::Avx512, Level::Neon];
+    if cfg!(target_arch = "aarch64") {
+        // There the compiler makes such instructions of plain Rust.
+        levels.push(Level::Portable);
+    }
+    levels.retain(|level| level.is_available());
+    let contexts: Vec<Context> = levels.into_iter().map(|level| Context::cpu_with_level(1, level)).collect();
+    for (rows, k) in [(1, 5), (2, 64), (7, 611), (40, 1043)] {
+        let (x, bias) = (tensor(&mut rng, rows, k, DType::F32), tensor(&mut rng, 1, 37, DType::F32));
+        let dense = FLOATS.map(|dtype| tensor(&mut rng, 37, k, dtype));
+        let int8 = Int8Weight::quantize(&Context::cpu(1), &dense[0]).expect("finite");
+        let weights = dense.iter().map(Weight::Dense).chain([Weight::Int8(&int8)]);
+        for (i, weight) in weights.enumerate() {
+            let mut want = Vec::new();
+            for row in 0..rows {
+                for output in 0..37 {
+                    let (values, scale) = match weight {
+                        Weight::Dense(weight) => (weight.view().row_f32(output).expect("a float type"), 1.0),
+                        Weight::Int8(weight) => (
+                            weight
+                                .values()
+                                .view()
+                                .row::<u8>(output)
+                                .iter()
+                                .map(|v| f32::from(v.cast_signed()))
+                                .collect(),
+                            weight.scales().as_slice::<f32>()[output],
+                        ),
+                    };
+                    let product = in_lanes_and_a_tree(&values, x.view().row(row)) * scale;
+                    want.push(product + bias.as_slice::<f32>()[output]);
+                }
+            }
+            for context in &contexts {
+                let got = run(context, x.view(), &[LinearPart { weight, bias: Some(&bias) }]);
+                assert_same_bits(&got, &want, &format!("weight {i}, {rows} rows of {k}"));
+            }
         }
     }
 }

@@ -9,9 +9,10 @@
 use std::arch::aarch64::{
     float32x4_t, uint16x8_t, uint32x4_t, vadd_f32, vaddq_f32, vaddq_s32, vaddq_u32, vandq_u32, vbslq_f32,
     vbslq_u32, vceqq_f32, vcgtq_f32, vcltq_f32, vcombine_u16, vcvt_f16_f32, vcvt_f32_f16, vcvt_high_f16_f32,
-    vcvt_high_f32_f16, vcvtq_s32_f32, vdivq_f32, vdup_lane_f32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u32,
-    vfmaq_f32, vget_high_f32, vget_lane_f32, vget_low_f16, vget_low_f32, vget_low_u16, vld1q_f32, vld1q_u16,
-    vmulq_f32, vorrq_u32, vreinterpretq_f16_u16, vreinterpretq_f32_s32, vreinterpretq_f32_u32,
+    vcvt_high_f32_f16, vcvtq_f32_s32, vcvtq_s32_f32, vdivq_f32, vdup_lane_f32, vdupq_n_f32, vdupq_n_s32,
+    vdupq_n_u32, vfmaq_f32, vget_high_f32, vget_lane_f32, vget_low_f16, vget_low_f32, vget_low_s8,
+    vget_low_s16, vget_low_u16, vld1q_f32, vld1q_s8, vld1q_u16, vmovl_high_s8, vmovl_high_s16, vmovl_s8,
+    vmovl_s16, vmulq_f32, vorrq_u32, vreinterpretq_f16_u16, vreinterpretq_f32_s32, vreinterpretq_f32_u32,
     vreinterpretq_u16_f16, vreinterpretq_u32_f32, vrndnq_f32, vshll_high_n_u16, vshll_n_u16, vshlq_n_s32,
     vshrn_n_u32, vshrq_n_u32, vst1q_f32, vst1q_u16, vsubq_f32,
 };
@@ -205,6 +206,19 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Quarters {
+        unsafe {
+            let bytes = vld1q_s8(from);
+            let (low, high) = (vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
+            [
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_high_s16(high)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, value: Quarters) {
         unsafe {
             vst1q_f32(to, value[0]);
@@ -316,7 +330,7 @@ mod tests {
     fn powers_of_two_are_exact() {
         for n in -126..=127_i16 {
             let powers = lanes(neon(), neon().exp2_of_integer(neon().splat(f32::from(n))));
-            assert_eq!(powers, [2.0_f32.powi(i32::from(n)); LANES], "2^{n}");
+            assert_eq!(bits(powers), bits([2.0_f32.powi(i32::from(n)); LANES]), "2^{n}");
         }
     }
 
@@ -347,6 +361,16 @@ mod tests {
     }
 
     #[test]
+    fn every_i8_is_loaded_exactly() {
+        let all: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+        for sixteen in all.chunks_exact(LANES) {
+            // SAFETY: there are `LANES` elements.
+            let loaded = lanes(neon(), unsafe { neon().load_i8(sixteen.as_ptr()) });
+            assert_eq!(loaded.as_slice(), sixteen.iter().copied().map(f32::from).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
     fn numbers_are_rounded_to_f16_and_bf16_as_by_plain_rust() {
         for values in numbers() {
             let (mut halves, mut brains) = ([f16::ZERO; LANES], [bf16::ZERO; LANES]);
@@ -365,13 +389,13 @@ mod tests {
 
     #[test]
     fn vectors_may_lie_at_any_address() {
-        let mut memory = [0_u8; 4 * LANES + 1];
+        let mut memory = [0.0_f32; LANES + 1];
         let values: [f32; LANES] = std::array::from_fn(|lane| lane as f32);
         // SAFETY: behind the first byte there is room for `LANES` elements.
         unsafe {
-            let odd = memory.as_mut_ptr().add(1).cast::<f32>();
+            let odd = memory.as_mut_ptr().byte_add(1);
             neon().store(odd, neon().load(values.as_ptr()));
-            assert_eq!(lanes(neon(), neon().load(odd)), values);
+            assert_eq!(bits(lanes(neon(), neon().load(odd))), bits(values));
         }
     }
 
