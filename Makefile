@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 lint format ci bench bench-serving bench-scheduler soak toolchain
+.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-scheduler soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -60,10 +60,17 @@ format: toolchain ## Format all Rust code
 
 ci: lint test ## What continuous integration runs
 
-bench: toolchain ## Measure the kernels against the machine's limits
-	$(CARGO) bench --profile release --locked --workspace --bench linear
+bench: toolchain ## Measure models against the machine's limits and other programs (a part: make bench ARGS="135m bf16 decode")
+	$(CARGO) bench --profile release --locked --workspace --bench models -- $(ARGS)
 
-bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 1b")
+bench-peers: ## Install the other programs that `make bench` measures: llama.cpp and transformers
+	integration-tests/reference/setup_llama_cpp.sh
+	integration-tests/reference/setup.sh
+
+bench-kernels: toolchain ## Measure the matrix products against the machine's limits (threads: make bench-kernels ARGS=1)
+	$(CARGO) bench --profile release --locked --workspace --bench linear -- $(ARGS)
+
+bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 0.5b 1b")
 	$(CARGO) bench --profile release --locked --workspace --bench serving -- $(ARGS)
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation router")
