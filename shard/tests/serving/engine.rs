@@ -176,6 +176,35 @@ fn blocks_that_another_sequence_has_computed_are_used_as_they_are() {
 }
 
 #[test]
+fn two_sequences_go_on_over_the_same_blocks() {
+    let mut engine = warm(&llama());
+    let first = request(1, &prompt(0, 64));
+    let longer = request(2, &prompt(0, 90));
+    let expected = [&first, &longer].map(|request| run_alone(&mut engine, request).tokens);
+    let response = engine.step(first_step(first, 4), Origin::Unary).unwrap();
+    assert_eq!(response.outputs[0].tokens, expected[0][..1]);
+
+    // The first one writes behind the blocks that it shares, in the same step in which the second one reads them.
+    let scheduled = |sequence_id, num_tokens, block| ScheduledSequence {
+        sequence_id,
+        num_tokens,
+        append_block_ids: vec![block],
+    };
+    let step = StepRequest {
+        admit: vec![NewSequence { computed_tokens: 64, block_ids: vec![4, 5], ..longer }],
+        schedule: vec![scheduled(1, 1, 6), scheduled(2, 26, 7)],
+        ..StepRequest::default()
+    };
+    let response = engine.step(step, Origin::Unary).unwrap();
+    assert_eq!(response.outputs[0].tokens, expected[0][1..2]);
+    assert_eq!(response.outputs[1].tokens, expected[1][..1]);
+    // The blocks outlive the one that computed them.
+    let step = StepRequest { release_sequence_ids: vec![1], ..decode_step(3, 2) };
+    let response = engine.step(step, Origin::Unary).unwrap();
+    assert_eq!(response.outputs[0].tokens, expected[1][1..2]);
+}
+
+#[test]
 fn a_sequence_with_broken_logits_fails_alone() {
     const BROKEN: u32 = 300;
     let dir = llama_with_broken_token(BROKEN as usize);
