@@ -56,6 +56,8 @@ pub(crate) enum NextBlock {
 pub(crate) struct Supply {
     /// Blocks that are free or can be evicted.
     pub(crate) blocks: usize,
+    /// Of these, the ones that are kept for each running sequence when others are let in, >= 1.
+    pub(crate) headroom: usize,
     /// Whether waiting requests may be let in.
     pub(crate) admits: bool,
 }
@@ -113,7 +115,7 @@ pub(crate) fn plan(
     let ready = running.iter().filter(|candidate| candidate.has_room).collect();
     let mut preempt = planner.advance(ready).map(Preempt::ForRunning);
     if preempt.is_none() && supply.admits {
-        preempt = planner.admit(running, waiting).map(Preempt::ForWaiting);
+        preempt = planner.admit(running, waiting, supply.headroom).map(Preempt::ForWaiting);
     }
     if let Some(preempt) = preempt {
         return Plan::Preempt(preempt);
@@ -158,10 +160,11 @@ impl<'a> Planner<'a> {
         &mut self,
         running: &[Candidate],
         waiting: impl IntoIterator<Item = Candidate>,
+        headroom: usize,
     ) -> Option<RequestId> {
         let ready = running.iter().filter(|candidate| candidate.has_room);
-        // One block for each that runs, since it will soon need one: the watermark below which nobody is let in.
-        let mut watermark = ready.clone().count();
+        // For those that run, since they will soon need more blocks: the watermark below which nobody is let in.
+        let mut watermark = ready.clone().count() * headroom;
         // Blocks that prompts which are let in already will need for their next chunks.
         let mut promised = ready.map(|candidate| self.blocks_to_come(candidate)).sum::<usize>();
         promised -= self.rows.iter().map(|row| row.new_blocks).sum::<usize>();
@@ -197,7 +200,7 @@ impl<'a> Planner<'a> {
             }
             let new_blocks = self.push(&candidate, num_tokens);
             promised += needed - new_blocks;
-            watermark += 1;
+            watermark += headroom;
             if let NextBlock::Shared(hash) = candidate.next_block {
                 coming.push(hash);
             }
@@ -333,7 +336,7 @@ mod tests {
         rows: &[(u64, usize, usize)],
         preempt: &[u64],
     ) {
-        let (mut running, mut supply) = (running.to_vec(), Supply { blocks, admits: true });
+        let (mut running, mut supply) = (running.to_vec(), Supply { blocks, headroom: 1, admits: true });
         let mut preempted = Vec::new();
         let planned = loop {
             let request = match plan(&running, waiting.to_vec(), supply, &BUDGET) {

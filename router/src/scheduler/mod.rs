@@ -9,6 +9,7 @@ mod batch;
 mod blocks;
 mod entry;
 mod handle;
+mod headroom;
 mod prefix_cache;
 mod queue;
 mod request;

@@ -12,6 +12,7 @@ use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes, WrongAnswer}
 use super::batch::{self, Budget, NewSequence, Plan, Preempt, Row, Scheduled, Step, Supply};
 use super::blocks::BlockPool;
 use super::entry::{Entry, Running, Sequence};
+use super::headroom::Headroom;
 use super::prefix_cache::Match;
 use super::queue::Queue;
 use super::request::{EndReason, Failure, Token, TokenRequest};
@@ -84,6 +85,7 @@ pub(crate) struct Scheduler {
     pub(super) running: BTreeMap<RequestId, Running>,
     pub(super) blocks: BlockPool,
     pub(super) coming: Coming,
+    headroom: Headroom,
     /// Sequences that the shards are to forget with the next step.
     released: Vec<SequenceId>,
     /// Steps without an answer, oldest first.
@@ -124,6 +126,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             blocks: BlockPool::new(limits.num_blocks),
             coming: Coming::new(),
+            headroom: Headroom::new(),
             released: Vec::new(),
             in_flight: VecDeque::new(),
             next_step: 1,
@@ -175,13 +178,15 @@ impl Scheduler {
             let running = self.running.values().map(|running| self.running_candidate(running));
             let running = running.collect::<Vec<_>>();
             let waiting = self.queue.iter().map(|entry| self.waiting_candidate(entry));
-            let supply = Supply { blocks: self.blocks.num_available(), admits };
+            let headroom = self.headroom.blocks();
+            let supply = Supply { blocks: self.blocks.num_available(), headroom, admits };
             match batch::plan(&running, waiting, supply, &self.limits.budget) {
                 Plan::Compute(rows) => return rows,
                 Plan::Preempt(Preempt::ForWaiting(request)) => self.preempt(request),
                 Plan::Preempt(Preempt::ForRunning(request)) => {
                     // Letting another in would be to take his place.
                     admits = false;
+                    self.headroom.preempted();
                     self.preempt(request);
                 }
             }
@@ -423,6 +428,7 @@ impl Scheduler {
         }
         self.share(row.request);
         if ended {
+            self.headroom.ended();
             self.remove(row.request);
         }
         Ok(())

@@ -359,6 +359,26 @@ fn a_row_may_sample_several_tokens() {
 }
 
 #[test]
+fn what_is_computed_in_vain_stays_small_when_blocks_are_short() {
+    // Six of forty sequences fit in the end; all outputs are far longer than the prompts.
+    let budget = Budget { max_sequences: 40, max_prefill_tokens: 64, ..LIMITS.budget };
+    for prefix_caching in [true, false] {
+        let mut house = House::new(Limits { num_blocks: 6 * 52, budget, prefix_caching, ..LIMITS });
+        house.submit((0..40).map(|first| request(first, 8, 200)).collect()).unwrap();
+        house.finish();
+        let useful = 40 * (8 + 199);
+        let vain = house.computed_tokens() - useful;
+        eprintln!(
+            "VAIN {prefix_caching} {vain} of {useful} admissions {}",
+            house.sent.iter().map(|s| s.admit.len()).sum::<usize>()
+        );
+        assert!(vain < useful, "{vain} tokens in vain, {useful} of use");
+        house.check_all_as_alone();
+        house.check_empty();
+    }
+}
+
+#[test]
 fn sequences_beyond_the_batch_size_wait_and_take_turns_by_age() {
     let budget = Budget { max_sequences: 2, ..LIMITS.budget };
     let mut house = House::new(Limits { budget, ..LIMITS });
