@@ -102,7 +102,8 @@ pub struct NewSequence {
     /// Of `token_ids`, how many have their keys and values in the blocks already (prefix cache); < len(token_ids).
     #[prost(uint32, tag = "4")]
     pub computed_tokens: u32,
-    /// The blocks that hold these, in order of position.
+    /// The blocks that hold these, in order of position. They may be in the tables of other sequences too: nobody writes to
+    /// them. They were computed by steps before this one, whose answers need not have been sent yet.
     #[prost(uint32, repeated, tag = "5")]
     pub block_ids: ::prost::alloc::vec::Vec<u32>,
     #[prost(message, optional, tag = "6")]
