@@ -127,7 +127,8 @@ impl Stack {
             };
             value.parse::<f64>().ok()
         });
-        values.sum()
+        // The sum of nothing is minus zero.
+        values.sum::<f64>() + 0.0
     }
 
     /// Waits until a metric is as wished; this must happen promptly.

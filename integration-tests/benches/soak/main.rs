@@ -25,8 +25,8 @@ use serde_json::json;
 use clients::{Client, Tally};
 use trend::Trend;
 
-/// More clients than places, so that some are refused.
-const NUM_CLIENTS: u64 = 48;
+/// With several choices for some requests, more than there are places for now and then: those are refused.
+const NUM_CLIENTS: u64 = 40;
 
 const PLACES: usize = 40;
 

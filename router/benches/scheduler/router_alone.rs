@@ -1,6 +1,7 @@
 //! What the router costs, whatever the model: processor time and memory of its process alone, in front of a shard that
 //! answers without computing. Clients and shard share one thread of this process.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -56,8 +57,8 @@ struct Bench {
 struct Cost {
     processor: ProcessorTime,
     counts: Counts,
-    /// Seconds from an answer of the shard to the next step, by the router's own account.
-    scheduling_s: f64,
+    /// Seconds of the router's work for steps, by its own account: what it did, and for how long.
+    stages_s: BTreeMap<String, f64>,
 }
 
 impl Bench {
@@ -102,19 +103,22 @@ impl Bench {
     }
 
     async fn cost_of(&self, window: Duration) -> anyhow::Result<Cost> {
-        let before = (self.scheduling_s().await?, self.shard.counts(), ProcessorTime::of(self.router.pid())?);
+        let before = (self.stages_s().await?, self.shard.counts(), ProcessorTime::of(self.router.pid())?);
         sleep(window).await;
         let (processor, counts) = (ProcessorTime::of(self.router.pid())?, self.shard.counts());
-        let scheduling_s = self.scheduling_s().await? - before.0;
+        let mut stages_s = self.stages_s().await?;
+        for (stage, seconds) in &mut stages_s {
+            *seconds -= before.0.get(stage).copied().unwrap_or_default();
+        }
         let counts = Counts { steps: counts.steps - before.1.steps, rows: counts.rows - before.1.rows };
-        Ok(Cost { processor: processor.since(before.2), counts, scheduling_s })
+        Ok(Cost { processor: processor.since(before.2), counts, stages_s })
     }
 
-    async fn scheduling_s(&self) -> anyhow::Result<f64> {
+    async fn stages_s(&self) -> anyhow::Result<BTreeMap<String, f64>> {
         let page = self.client().await?.get("/metrics").await?;
-        let name = "lamplighter_batch_scheduling_duration_sum ";
-        let value = page.lines().find_map(|line| line.strip_prefix(name)).context(name)?;
-        Ok(value.parse()?)
+        let name = "lamplighter_router_step_duration_sum{stage=\"";
+        let stages = page.lines().filter_map(|line| line.strip_prefix(name)?.split_once("\"} "));
+        stages.map(|(stage, seconds)| Ok((stage.to_owned(), seconds.parse()?))).collect()
     }
 }
 
@@ -172,10 +176,10 @@ async fn streams(what: &str, step_time: Duration, streamed: bool) -> anyhow::Res
         if step_time.is_zero() { String::new() } else { format!(", a step in {} ms", step_time.as_millis()) };
     line(&format!("{what}{pause}: a token"), rows, cost.processor);
     line(&format!("… a step of {rows_per_step:.0} sequences"), steps, cost.processor);
-    println!(
-        "| … of that from the answer to the next step | {:.0} µs | | | |",
-        cost.scheduling_s / steps as f64 * 1e6
-    );
+    let stages =
+        cost.stages_s.iter().map(|(stage, seconds)| format!("{stage} {:.0}", seconds / steps as f64 * 1e6));
+    let stages = stages.collect::<Vec<_>>().join(", ");
+    println!("| … of that by the router's own clocks, µs | {stages} | | | |");
     readers.iter().for_each(tokio::task::JoinHandle::abort);
     Ok(())
 }
