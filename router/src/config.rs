@@ -66,18 +66,20 @@ pub struct RouterConfig {
     #[arg(long, env = "TARGET_ITL_MS", value_parser = at_least_one)]
     pub target_itl_ms: Option<usize>,
 
-    /// Most steps for which waiting requests stay behind running ones, see --waiting-served-ratio [default: 20]
-    #[arg(long, env = "MAX_WAITING_TOKENS", value_parser = at_least_one)]
-    pub max_waiting_tokens: Option<usize>,
+    /// TGI's; refused, since it could have no effect
+    #[arg(long, env = "MAX_WAITING_TOKENS", hide = true, value_parser = nobody_is_paused)]
+    #[serde(skip)]
+    pub max_waiting_tokens: Option<Refused>,
 
-    /// Let waiting requests in only when they are so many times the running ones, or have waited --max-waiting-tokens
-    /// steps [default: off]
-    #[arg(long, env = "WAITING_SERVED_RATIO", value_parser = ratio)]
-    pub waiting_served_ratio: Option<f64>,
+    /// TGI's; refused, since it could have no effect
+    #[arg(long, env = "WAITING_SERVED_RATIO", hide = true, value_parser = nobody_is_paused)]
+    #[serde(skip)]
+    pub waiting_served_ratio: Option<Refused>,
 
     /// Milliseconds of waiting that are worth one unit of `priority`: a request that waits catches up with those of a
-    /// better priority. Lower it where background requests wait too long, raise it where they get in the way
-    #[arg(long, env = "PRIORITY_AGEING_MS", default_value_t = 100, value_parser = at_least_one)]
+    /// better priority. Named classes are 100 units apart, so that a class is worth a minute. Lower it where background
+    /// requests wait too long, raise it where they get in the way
+    #[arg(long, env = "PRIORITY_AGEING_MS", default_value_t = 600, value_parser = at_least_one)]
     pub priority_ageing_ms: usize,
 
     /// Seconds that a request may take, waiting included; it may be a fraction, and a request can ask for less with
@@ -97,6 +99,10 @@ pub struct RouterConfig {
     #[arg(long, short, env = "GRACEFUL_TERMINATION_TIMEOUT", default_value_t = 90)]
     pub graceful_termination_timeout: u64,
 }
+
+/// A setting that is known, and has no value that could be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {}
 
 /// Longest time that a request may be given: a day.
 pub(crate) const MAX_TIMEOUT: Duration = Duration::from_hours(24);
@@ -150,11 +156,12 @@ fn steps_in_flight(value: &str) -> Result<usize, String> {
     }
 }
 
-fn ratio(value: &str) -> Result<f64, String> {
-    match value.parse::<f64>() {
-        Ok(ratio) if ratio.is_finite() && ratio >= 0.0 => Ok(ratio),
-        _ => Err("must be a number >= 0".to_owned()),
-    }
+/// TGI's settings of when running requests are paused for the prompts of waiting ones.
+fn nobody_is_paused(_: &str) -> Result<Refused, String> {
+    Err("nobody is paused for another's prompt here, prompts are computed beside running requests in every step, so \
+         this could have no effect: leave it out; --max-batch-prefill-tokens and --target-itl-ms say how much of a step \
+         prompts get"
+        .to_owned())
 }
 
 fn timeout_seconds(value: &str) -> Result<f64, String> {
@@ -222,7 +229,8 @@ mod tests {
         check("--steps-in-flight 0", ["--steps-in-flight", "1 or 2"]);
         check("--priority-ageing-ms 0", ["--priority-ageing-ms", "at least 1"]);
         check("--target-itl-ms 0", ["--target-itl-ms", "at least 1"]);
-        check("--waiting-served-ratio=-1", ["--waiting-served-ratio", ">= 0"]);
+        check("--waiting-served-ratio 0.3", ["--waiting-served-ratio", "leave it out"]);
+        check("--max-waiting-tokens 20", ["--max-waiting-tokens", "nobody is paused"]);
         check("--prefix-caching maybe", ["--prefix-caching", "maybe"]);
     }
 }
