@@ -148,7 +148,8 @@ fn compute(sequences: &mut HashMap<u64, Lengths>, step: &v1::StepRequest) -> v1:
     for new in &step.admit {
         let max_new_tokens = new.stopping.as_ref().expect("stopping is always sent").max_new_tokens;
         let end = new.prompt_tokens + max_new_tokens;
-        sequences.insert(new.sequence_id, (0, new.token_ids.len(), end as usize));
+        let computed = new.computed_tokens as usize;
+        sequences.insert(new.sequence_id, (computed, new.token_ids.len(), end as usize));
     }
     let mut outputs = Vec::new();
     for scheduled in &step.schedule {
