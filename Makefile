@@ -37,7 +37,7 @@ test: build $(VENV)/installed ## Run all tests, those through the real executabl
 	$(CARGO) test $(CARGO_FLAGS) --workspace --no-fail-fast
 
 # Without the test that starts itself again: the system cannot run programs for another machine by itself.
-test-aarch64: toolchain ## Test the kernels for 64-bit Arm on another machine, under qemu
+test-aarch64: toolchain ## Test the kernels for 64-bit Arm on another machine, under qemu (minutes)
 	@test -d "$$($(RUSTC) --print target-libdir --target $(AARCH64))" \
 	  || { echo "Rust's library for 64-bit Arm is not installed: rustup target add $(AARCH64)" >&2; exit 1; }
 	@command -v aarch64-linux-gnu-gcc >/dev/null \
