@@ -8,7 +8,7 @@ use super::model_shard::{POISON, alone};
 use crate::scheduler::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
 use crate::scheduler::batch::Budget;
 use crate::scheduler::handle::Status;
-use crate::scheduler::request::{Failure, SubmitError, Token, TokenEvent, TokenRequest};
+use crate::scheduler::request::{EndReason, Failure, SubmitError, Token, TokenEvent, TokenRequest};
 use crate::scheduler::state::{Event, Limits};
 use crate::scheduler::token_stream::CAPACITY;
 
@@ -198,6 +198,49 @@ fn the_next_decode_row_is_sent_before_the_token_is_known() {
     assert_eq!(house.readers[reader].transcript, alone(&house.readers[reader].request));
     let computed = house.sent.iter().flat_map(|step| &step.schedule).map(|row| row.num_tokens).sum::<usize>();
     assert_eq!(computed, 4 + 9, "nothing is computed after a length that is known");
+    house.check_empty();
+}
+
+#[test]
+fn a_step_that_was_sent_before_an_end_was_known_skips_that_sequence() {
+    let until_eos = |first| TokenRequest { ignore_eos: false, ..request(first, 4, 100) };
+    for steps_in_flight in [2, 3] {
+        let mut house = House::new(Limits { steps_in_flight, ..LIMITS });
+        house.submit((1..5).map(until_eos).collect()).unwrap();
+        house.finish();
+        assert!(house.readers.iter().any(|reader| reader.transcript.end == Some(EndReason::Eos)));
+        let rows = house.sent.iter().map(|step| step.schedule.len()).sum::<usize>();
+        let tokens = house.readers.iter().map(|reader| reader.transcript.tokens.len()).sum::<usize>();
+        assert!(rows > tokens && rows <= tokens + 4 * (steps_in_flight - 1), "{rows} rows, {tokens} tokens");
+        house.check_all_as_alone();
+        house.check_empty();
+    }
+}
+
+#[test]
+fn blocks_of_a_stream_that_is_dropped_with_two_steps_in_flight_serve_others_at_once() {
+    // The second request needs all blocks.
+    let mut house = House::new(Limits { num_blocks: 12, steps_in_flight: 2, ..LIMITS });
+    let dropped = house.submit_one(request(1, 20, 20));
+    let second = house.submit_one(request(2, 40, 8));
+    house.answer();
+    house.answer();
+    assert_eq!((house.in_flight.len(), house.scheduler.gauges().queued), (2, 1));
+    house.cancel(dropped);
+    assert_eq!(house.scheduler.gauges().blocks_used, 0);
+    house.finish();
+    assert_eq!(house.readers[second].transcript, alone(&house.readers[second].request));
+    house.check_empty();
+}
+
+#[test]
+fn a_slow_reader_loses_nothing_with_two_steps_in_flight() {
+    let mut house = House::new(Limits { steps_in_flight: 2, ..LIMITS });
+    let slow = house.submit_one(request(1, 4, 100));
+    while house.answer() {}
+    assert!(!house.readers[slow].ended);
+    house.finish();
+    house.check_all_as_alone();
     house.check_empty();
 }
 

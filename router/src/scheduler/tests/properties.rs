@@ -43,11 +43,14 @@ fn token_request() -> impl Strategy<Value = TokenRequest> {
         (0..len).map(|position| TokenId(stem * 100 + position)).chain(end).collect::<Vec<_>>()
     });
     let salt = prop_oneof![3 => Just(None), 1 => Just(Some("a")), 1 => Just(Some("b"))];
+    let account = prop_oneof![2 => Just(None), 1 => Just(Some("x")), 1 => Just(Some("y"))];
+    let standing = (-2..3_i32, account);
     // Longer than the channel to the reader, so that those who do not read stall.
     let max_new_tokens = prop_oneof![3 => 1..20_u32, 1 => 60..160_u32];
     let prompt_logprobs = prop::bool::weighted(0.2);
-    (prompt, max_new_tokens, any::<bool>(), prompt_logprobs, prop::bool::weighted(0.05), salt).prop_map(
-        |(mut prompt, max_new_tokens, ignore_eos, prompt_logprobs, poisoned, salt)| {
+    let poisoned = prop::bool::weighted(0.05);
+    (prompt, max_new_tokens, any::<bool>(), prompt_logprobs, poisoned, salt, standing).prop_map(
+        |(mut prompt, max_new_tokens, ignore_eos, prompt_logprobs, poisoned, salt, (priority, account))| {
             if poisoned {
                 prompt[0] = POISON;
             }
@@ -58,7 +61,7 @@ fn token_request() -> impl Strategy<Value = TokenRequest> {
                 ignore_eos,
                 top_n_tokens: 1,
                 prompt_logprobs,
-                standing: Standing::default(),
+                standing: Standing { priority, account: account.map(Into::into), timeout: None },
                 cache_namespace: CacheNamespace { adapter: None, salt: salt.map(Into::into) },
             }
         },
@@ -116,7 +119,7 @@ fn check_begins_as_alone(reader: &Reader) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_ends_once_with_what_it_gets_alone(limits in limits(), places in 1..24_u32, ops in ops()) {
