@@ -4,9 +4,11 @@ mod common;
 
 use candle_core::Device;
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
-use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear};
+use half::bf16;
+use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear, linear_add};
 use kernels::{Context, DType, Error, Level, Tensor, View};
 use rand::RngExt;
+use rand::rngs::StdRng;
 
 fn run(context: &Context, x: View<'_>, parts: &[LinearPart<'_>]) -> Vec<f32> {
     let cols = parts.iter().map(|part| part.weight.rows()).sum();
@@ -32,18 +34,50 @@ fn weight_f64(weight: Weight<'_>, row: usize) -> Vec<f64> {
     }
 }
 
-fn reference(x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
+/// The product in f64, of what is multiplied at this level.
+fn reference(level: Level, x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
     let mut out = Vec::new();
     for row in 0..x.rows() {
         let x = row_f64(x, row);
+        let rounded: Vec<f64> = x.iter().map(|&x| bf16::from_f64(x).to_f64()).collect();
         for part in parts {
+            let x = if rounds_x(level, part.weight) { &rounded } else { &x };
             for n in 0..part.weight.rows() {
-                let product: f64 = weight_f64(part.weight, n).iter().zip(&x).map(|(w, x)| w * x).sum();
+                let product: f64 = weight_f64(part.weight, n).iter().zip(x).map(|(w, x)| w * x).sum();
                 out.push(product + part.bias.map_or(0.0, |bias| f64::from(bias.as_slice::<f32>()[n])));
             }
         }
     }
     out
+}
+
+/// Whether the level multiplies in bf16.
+fn rounds_x(level: Level, weight: Weight<'_>) -> bool {
+    level == Level::Avx512Bf16 && matches!(weight, Weight::Dense(weight) if weight.dtype() == DType::BF16)
+}
+
+/// The instruction sets of this machine, with single-threaded contexts.
+fn named_levels() -> Vec<(Level, Context)> {
+    let available = Level::ALL.into_iter().filter(|level| level.is_available());
+    available.map(|level| (level, Context::cpu_with_level(1, level))).collect()
+}
+
+/// The same weight in every layout.
+struct Layouts {
+    dense: Vec<Tensor>,
+    int8: Int8Weight,
+}
+
+impl Layouts {
+    fn random(rng: &mut StdRng, n: usize, k: usize) -> Self {
+        let weight = tensor(rng, n, k, DType::F32);
+        let dense = FLOATS.map(|dtype| weight.to_dtype(dtype).expect("a float type")).into();
+        Self { dense, int8: Int8Weight::quantize(&Context::cpu(1), &weight).expect("finite") }
+    }
+
+    fn all(&self) -> impl Iterator<Item = Weight<'_>> {
+        self.dense.iter().map(Weight::Dense).chain([Weight::Int8(&self.int8)])
+    }
 }
 
 /// Rounding of k products and sums of values below 1, in sixteen lanes; 4 is generous for the random walk of the errors.
@@ -52,27 +86,67 @@ fn tolerance(k: usize) -> f64 {
 }
 
 #[test]
-fn all_types_and_odd_sizes_match_the_reference_at_every_level() {
+fn all_layouts_and_odd_sizes_match_the_reference_at_every_level() {
     let mut rng = rng(1);
-    for context in levels() {
-        for dtype in FLOATS {
-            for (rows, n, k) in
-                [(1, 1, 1), (1, 8, 16), (2, 5, 17), (3, 33, 100), (7, 3, 515), (16, 40, 96), (70, 35, 1100)]
-            {
-                let weight = tensor(&mut rng, n, k, dtype);
-                let bias = tensor(&mut rng, 1, n, DType::F32);
-                let x = tensor(&mut rng, rows, k, DType::F32);
+    for (level, context) in named_levels() {
+        for (rows, n, k) in
+            [(1, 1, 1), (1, 8, 16), (2, 5, 17), (3, 33, 100), (7, 3, 515), (16, 40, 96), (70, 35, 1100)]
+        {
+            let weights = Layouts::random(&mut rng, n, k);
+            let bias = tensor(&mut rng, 1, n, DType::F32);
+            let x = tensor(&mut rng, rows, k, DType::F32);
+            for weight in weights.all() {
                 for bias in [None, Some(&bias)] {
-                    let parts = [LinearPart { weight: Weight::Dense(&weight), bias }];
-                    let what = format!("{rows} rows, {n} x {k} {dtype:?}");
+                    let parts = [LinearPart { weight, bias }];
                     assert_close(
                         &run(&context, x.view(), &parts),
-                        &reference(&x, &parts),
+                        &reference(level, &x, &parts),
                         tolerance(k),
-                        &what,
+                        &format!("{level:?}, {rows} rows, {weight:?}"),
                     );
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn every_number_of_rows_gives_the_bits_of_single_rows_at_every_level() {
+    let mut rng = rng(11);
+    // Odd sizes: a vector cut off along k, a panel along the outputs.
+    let weights = Layouts::random(&mut rng, 45, 83);
+    let x = tensor(&mut rng, 60, 83, DType::F32);
+    for (level, context) in named_levels() {
+        for weight in weights.all() {
+            let parts = [LinearPart { weight, bias: None }];
+            let alone: Vec<f32> =
+                (0..60).flat_map(|row| run(&context, x.view().narrow_rows(row, 1), &parts)).collect();
+            for rows in 1..=60 {
+                let together = run(&context, x.view().narrow_rows(0, rows), &parts);
+                assert_same_bits(
+                    &together,
+                    &alone[..rows * 45],
+                    &format!("{level:?}, {rows} rows, {weight:?}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_is_added_to_what_is_there() {
+    let mut rng = rng(12);
+    let weights = Layouts::random(&mut rng, 45, 83);
+    let bias = tensor(&mut rng, 1, 45, DType::F32);
+    for (level, context) in named_levels() {
+        for (weight, rows) in weights.all().flat_map(|weight| [(weight, 3), (weight, 40)]) {
+            let x = tensor(&mut rng, rows, 83, DType::F32);
+            let mut residual = tensor(&mut rng, rows, 45, DType::F32);
+            let parts = [LinearPart { weight, bias: Some(&bias) }];
+            let product = run(&context, x.view(), &parts);
+            let want: Vec<f32> = residual.as_slice::<f32>().iter().zip(product).map(|(a, b)| a + b).collect();
+            linear_add(&context, x.view(), &parts, residual.view_mut()).expect("shapes fit");
+            assert_same_bits(residual.as_slice(), &want, &format!("{level:?}, {rows} rows, {weight:?}"));
         }
     }
 }
@@ -144,7 +218,12 @@ fn random_shapes_strides_and_parts_match_the_reference() {
             })
             .collect();
         let x = tensor(&mut rng, rows, offset + k + rest, DType::F32).narrow_cols(offset, k);
-        assert_close(&run(&context, x.view(), &parts), &reference(&x, &parts), tolerance(k), "strided parts");
+        assert_close(
+            &run(&context, x.view(), &parts),
+            &reference(Level::detect(), &x, &parts),
+            tolerance(k),
+            "strided parts",
+        );
     }
 }
 
@@ -166,18 +245,18 @@ fn an_output_with_gaps_keeps_what_lies_between() {
 fn a_row_has_the_same_bits_among_1_to_40_and_more_rows_on_1_to_3_threads() {
     let mut rng = rng(4);
     let contexts: Vec<Context> = (1..4).map(Context::cpu).collect();
-    for dtype in FLOATS {
-        // Above the threshold from which threads are woken, with a tail along k and a panel cut off.
-        let weight = tensor(&mut rng, 301, 1043, dtype);
+    // Above the threshold from which threads are woken, with a tail along k and a panel cut off.
+    let weights = Layouts::random(&mut rng, 301, 1043);
+    for weight in weights.all() {
         let bias = tensor(&mut rng, 1, 301, DType::F32);
-        let parts = [LinearPart { weight: Weight::Dense(&weight), bias: Some(&bias) }];
+        let parts = [LinearPart { weight, bias: Some(&bias) }];
         let x = tensor(&mut rng, 200, 1043, DType::F32);
         let alone: Vec<Vec<f32>> =
             (0..200).map(|row| run(&contexts[0], x.view().narrow_rows(row, 1), &parts)).collect();
         for rows in (1..=40).chain([64, 65, 130, 200]) {
             let got = run(&contexts[rows % 3], x.view().narrow_rows(0, rows), &parts);
             for (row, got) in got.chunks(301).enumerate() {
-                assert_same_bits(got, &alone[row], &format!("row {row} of {rows}, {dtype:?}"));
+                assert_same_bits(got, &alone[row], &format!("row {row} of {rows}, {weight:?}"));
             }
         }
     }

@@ -2,8 +2,10 @@
 //!
 //! Each output is one dot product with one fixed order of additions: sixteen lanes along k, a tail padded with zeros, then
 //! the lanes as a tree. Tiles, panels and threads choose only *when* a product is added, never to what, so a row's
-//! result is the same to the bit in any company.
+//! result is the same to the bit in any company. Where the CPU multiplies bf16, a bf16 weight is multiplied so for any
+//! number of rows: x is rounded to bf16, sums are f32.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -11,14 +13,19 @@ use half::{bf16, f16};
 use super::operands::{
     SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix, unsupported_float,
 };
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Lanes, Level, Simd};
 use crate::{Context, DType, Result, Tensor, View, ViewMut};
 
-mod panel;
-mod tile;
+mod few;
+mod finish;
+mod format;
+mod input;
+mod many;
 mod weight;
 
-use weight::WeightElement;
+use finish::Finish;
+use format::{Bf16Pairs, Format, Widened};
+use input::{Form, Input, Order};
 pub use weight::{Int8Weight, Weight};
 
 /// One of the weights that are multiplied with the same input.
@@ -30,20 +37,84 @@ pub struct LinearPart<'a> {
     pub bias: Option<&'a Tensor>,
 }
 
+impl LinearPart<'_> {
+    /// Elements that a lane takes at once.
+    fn per_lane(&self, level: Level) -> usize {
+        match self.weight {
+            Weight::Dense(weight) if weight.dtype() == DType::BF16 && level.has_dot_bf16() => 2,
+            _ => 1,
+        }
+    }
+}
+
+thread_local! {
+    /// x as it is prepared for a call, kept.
+    static INPUT: RefCell<Vec<Lanes>> = const { RefCell::new(Vec::new()) };
+}
+
 /// `out[i, ..] = concat over parts of (weight · x[i] + bias)`: a fused linear layer (query, key and value; gate and
 /// up) over weights that lie apart in the file.
 ///
-/// `x`: f32 `[rows, k]`; `out`: f32 `[rows, sum of n]`. Each weight is read once for up to 16 rows.
+/// `x`: f32 `[rows, k]`; `out`: f32 `[rows, sum of n]`. Each weight is read once from memory.
 pub fn linear(context: &Context, x: View<'_>, parts: &[LinearPart<'_>], out: ViewMut<'_>) -> Result<()> {
+    product(context, x, parts, out, false)
+}
+
+/// As [`linear`], added to what `out` holds: a projection and its residual connection.
+pub fn linear_add(context: &Context, x: View<'_>, parts: &[LinearPart<'_>], out: ViewMut<'_>) -> Result<()> {
+    product(context, x, parts, out, true)
+}
+
+fn product(
+    context: &Context,
+    x: View<'_>,
+    parts: &[LinearPart<'_>],
+    out: ViewMut<'_>,
+    adds: bool,
+) -> Result<()> {
     check(x, parts, &out)?;
-    let total = out.cols();
+    let (rows, total, level) = (x.rows(), out.cols(), context.level());
+    if rows == 0 {
+        return Ok(());
+    }
     let per_task = outputs_per_task(context.num_threads(), x, parts, total);
-    let product = Product { x, parts, out: SharedRows::new(out) };
-    context.parallel_for(total.div_ceil(per_task), |task| {
-        let outputs = task * per_task..total.min((task + 1) * per_task);
-        context.level().run(Outputs { product: &product, outputs });
-    });
+    let out = SharedRows::new(out);
+    for per_lane in [1, 2] {
+        if parts.iter().all(|part| part.per_lane(level) != per_lane) {
+            continue;
+        }
+        INPUT.with_borrow_mut(|memory| {
+            let form = form(level, rows, per_lane);
+            let x = Input::prepare(context, x, form, memory);
+            let product = Product { level, x, order: form.order, per_lane, parts, out, adds };
+            context.parallel_for(total.div_ceil(per_task), |task| {
+                let outputs = task * per_task..total.min((task + 1) * per_task);
+                level.run_with_dots(Outputs { product: &product, outputs });
+            });
+        });
+    }
     Ok(())
+}
+
+/// How x is read by the loop for this number of rows.
+fn form(level: Level, rows: usize, per_lane: usize) -> Form {
+    struct Ask<'a> {
+        rows: usize,
+        form: &'a mut Form,
+    }
+    impl Kernel for Ask<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, _simd: S) {
+            (self.form.order, self.form.tile_rows) = if self.rows <= few::MOST_ROWS {
+                (Order::Steps, few::tile_rows(S::WIDE))
+            } else {
+                (Order::Lanes, S::PANEL_ROWS)
+            };
+        }
+    }
+    let mut form = Form { order: Order::Steps, per_lane, tile_rows: 1 };
+    level.run(Ask { rows, form: &mut form });
+    form
 }
 
 fn check(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()> {
@@ -84,13 +155,19 @@ fn outputs_per_task(num_threads: usize, x: View<'_>, parts: &[LinearPart<'_>], t
         1 => 1,
         _ => (num_threads * TASKS_PER_THREAD).min(work_ns / MIN_TASK_NS).max(1),
     };
-    total.div_ceil(tasks).next_multiple_of(panel::OUTPUTS).max(1)
+    // Whole panels, and whole tiles of few rows.
+    total.div_ceil(tasks).next_multiple_of(3 * many::OUTPUTS).max(1)
 }
 
 struct Product<'a> {
-    x: View<'a>,
+    level: Level,
+    x: Input,
+    order: Order,
+    /// Of the parts that are computed.
+    per_lane: usize,
     parts: &'a [LinearPart<'a>],
     out: SharedRows<'a>,
+    adds: bool,
 }
 
 /// A range of the outputs of all parts side by side: what a task computes.
@@ -107,74 +184,78 @@ impl Kernel for Outputs<'_> {
             let all = column..column + part.weight.rows();
             let outputs = self.outputs.start.max(all.start)..self.outputs.end.min(all.end);
             column = all.end;
-            if outputs.is_empty() {
+            if outputs.is_empty() || part.per_lane(self.product.level) != self.product.per_lane {
                 continue;
             }
-            let (values, scales) = match part.weight {
-                Weight::Dense(weight) => (weight, None),
-                Weight::Int8(weight) => (weight.values(), Some(weight.scales())),
-            };
-            let operands = Operands { values, scales, bias: part.bias };
-            match values.dtype() {
-                DType::F32 => simd.call(Block::<f32>::new(self.product, operands, all.start, outputs)),
-                DType::F16 => simd.call(Block::<f16>::new(self.product, operands, all.start, outputs)),
-                DType::BF16 => simd.call(Block::<bf16>::new(self.product, operands, all.start, outputs)),
-                DType::U8 => simd.call(Block::<i8>::new(self.product, operands, all.start, outputs)),
-                dtype => unreachable!("{}", unsupported_float("linear", dtype)),
+            let share = Share { product: self.product, part, column: all.start, outputs };
+            match part.weight {
+                Weight::Dense(weight) => match weight.dtype() {
+                    DType::F32 => simd.call(share.block::<Widened<f32>>(weight, None)),
+                    DType::F16 => simd.call(share.block::<Widened<f16>>(weight, None)),
+                    DType::BF16 if self.product.per_lane == 2 => {
+                        simd.call(share.block::<Bf16Pairs>(weight, None));
+                    }
+                    DType::BF16 => simd.call(share.block::<Widened<bf16>>(weight, None)),
+                    dtype => unreachable!("{}", unsupported_float("linear", dtype)),
+                },
+                Weight::Int8(weight) => {
+                    simd.call(share.block::<Widened<i8>>(weight.values(), Some(weight.scales())));
+                }
             }
         }
     }
 }
 
-/// What a part multiplies with, by its parts.
-#[derive(Clone, Copy)]
-struct Operands<'a> {
-    values: &'a Tensor,
-    scales: Option<&'a Tensor>,
-    bias: Option<&'a Tensor>,
+/// Some of a part's outputs.
+struct Share<'a> {
+    product: &'a Product<'a>,
+    part: &'a LinearPart<'a>,
+    /// Of the part's first output.
+    column: usize,
+    outputs: Range<usize>,
+}
+
+impl Share<'_> {
+    #[inline(always)]
+    fn block<F: Format>(&self, values: &Tensor, scales: Option<&Tensor>) -> Block<F> {
+        let first = self.outputs.start - self.column;
+        let weights = values.view().narrow_rows(first, self.outputs.len());
+        let vector = |vector: &Tensor| vector.as_slice::<f32>()[first..].as_ptr();
+        let Product { x, order, out, adds, .. } = *self.product;
+        Block {
+            weights: weights.ptr.cast(),
+            weight_stride: weights.row_stride,
+            num_outputs: self.outputs.len(),
+            x,
+            order,
+            finish: Finish {
+                scales: scales.map(vector),
+                bias: self.part.bias.map(vector),
+                out: out.at(0, self.outputs.start),
+                out_stride: out.row_stride(),
+                adds,
+            },
+        }
+    }
 }
 
 /// Consecutive rows of one weight, for all rows of x. The pointers are to the block's first elements.
 #[derive(Clone, Copy)]
-struct Block<W> {
-    weights: *const W,
+struct Block<F: Format> {
+    weights: *const F::Element,
     weight_stride: usize,
     num_outputs: usize,
-    scales: Option<*const f32>,
-    bias: Option<*const f32>,
-    x: *const f32,
-    x_stride: usize,
-    rows: usize,
-    k: usize,
-    out: *mut f32,
-    out_stride: usize,
+    x: Input,
+    order: Order,
+    finish: Finish,
 }
 
-impl<W: WeightElement> Block<W> {
-    fn new(product: &Product<'_>, operands: Operands<'_>, column: usize, outputs: Range<usize>) -> Self {
-        let first = outputs.start - column;
-        let weights = operands.values.view().narrow_rows(first, outputs.len());
-        let vector = |vector: &Tensor| vector.as_slice::<f32>()[first..].as_ptr();
-        let Product { x, out, .. } = product;
-        Self {
-            weights: weights.ptr.cast(),
-            weight_stride: weights.row_stride,
-            num_outputs: outputs.len(),
-            scales: operands.scales.map(vector),
-            bias: operands.bias.map(vector),
-            x: x.ptr.cast(),
-            x_stride: x.row_stride,
-            rows: x.rows,
-            k: x.cols,
-            out: out.at(0, outputs.start),
-            out_stride: out.row_stride(),
-        }
-    }
-}
-
-impl<W: WeightElement> Kernel for Block<W> {
+impl<F: Format> Kernel for Block<F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if self.rows <= tile::DIRECT_ROWS { tile::direct(simd, &self) } else { panel::panels(simd, &self) }
+        match self.order {
+            Order::Steps => few::few_rows(simd, &self),
+            Order::Lanes => many::many_rows(simd, &self),
+        }
     }
 }

@@ -42,11 +42,13 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// As [`Level::Avx512`], and products of bf16.
+    Avx512Bf16,
 }
 
 impl Level {
     /// All, slowest first.
-    pub const ALL: [Level; 4] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512];
+    pub const ALL: [Level; 5] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
 
     /// The best of this CPU.
     pub fn detect() -> Self {
@@ -62,7 +64,9 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => x86::Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => x86::Avx512::detect().is_some(),
+            Level::Avx512 => x86::Avx512::<false>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => x86::Avx512::<true>::detect().is_some(),
             _ => false,
         }
     }
@@ -77,9 +81,27 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => x86::Avx2::detect().expect("checked by the context").call(kernel),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => x86::Avx512::detect().expect("checked by the context").call(kernel),
+            Level::Avx512 | Level::Avx512Bf16 => {
+                x86::Avx512::<false>::detect().expect("checked by the context").call(kernel);
+            }
             _ => portable::Portable.call(kernel),
         }
+    }
+
+    /// As [`Level::run`], with [`Simd::dot_bf16`] where the CPU has it. Kernels without it would be compiled once more to
+    /// the same code.
+    #[inline]
+    pub(crate) fn run_with_dots<K: Kernel>(self, kernel: K) {
+        #[cfg(target_arch = "x86_64")]
+        if self == Level::Avx512Bf16 {
+            return x86::Avx512::<true>::detect().expect("checked by the context").call(kernel);
+        }
+        self.run(kernel);
+    }
+
+    /// Whether [`Simd::dot_bf16`] may be called in [`Level::run_with_dots`].
+    pub(crate) fn has_dot_bf16(self) -> bool {
+        self == Level::Avx512Bf16
     }
 }
 
@@ -94,6 +116,8 @@ pub(crate) trait Simd: Copy {
     type Vector: Copy;
     /// Whether there are registers for sixteen accumulators and their operands.
     const WIDE: bool;
+    /// Rows of x for which a tile of [`Simd::WIDE`]'s one or two vectors has registers.
+    const PANEL_ROWS: usize = 6;
 
     /// Runs a part of a kernel as a function of its own.
     fn call<K: Kernel>(self, kernel: K);
@@ -109,6 +133,24 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a * b + c`, rounded once where the CPU can.
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// Adds to each lane of `sum` the two products of the pairs of bf16 in the lanes of `a` and `b`; only where
+    /// [`Level::has_dot_bf16`].
+    fn dot_bf16(self, _a: Self::Vector, _b: Self::Vector, _sum: Self::Vector) -> Self::Vector {
+        unreachable!("asked of the level")
+    }
+    /// Vector `i` of the result has lane `i` of each of the vectors.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::Vector; LANES]) -> [Self::Vector; LANES] {
+        let mut columns = [Lanes::ZERO; LANES];
+        for (i, row) in rows.into_iter().enumerate() {
+            let mut lanes = Lanes::ZERO;
+            // SAFETY: `Lanes` has room for a vector.
+            unsafe { self.store(lanes.0.as_mut_ptr(), row) }
+            columns.iter_mut().zip(lanes.0).for_each(|(column, lane)| column.0[i] = lane);
+        }
+        // SAFETY: as above.
+        columns.map(|column| unsafe { self.load(column.0.as_ptr()) })
+    }
     /// To the nearest integer, ties to even.
     fn round(self, a: Self::Vector) -> Self::Vector;
     /// `2^n` for integers -126 ..= 127.

@@ -42,6 +42,7 @@ fn widen_f16(value: f16) -> f32 {
 impl Simd for Portable {
     type Vector = Vector;
     const WIDE: bool = false;
+    const PANEL_ROWS: usize = 2;
 
     fn call<K: Kernel>(self, kernel: K) {
         kernel.run(self);

@@ -9,23 +9,27 @@
 )]
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, __m512, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
+    __m128i, __m256, __m256i, __m512, __m512bh, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
     _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
     _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_si128, _mm_unpackhi_epi64, _mm256_add_epi32,
     _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
     _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_cvtps_ph, _mm256_div_ps, _mm256_extractf128_ps,
     _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_or_si256, _mm256_packus_epi32, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm256_sub_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
-    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32,
-    _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32,
-    _mm512_cvtps_ph, _mm512_div_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mask_blend_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
-    _mm512_storeu_ps, _mm512_sub_ps,
+    _mm256_or_si256, _mm256_packus_epi32, _mm256_permute2f128_ps, _mm256_permute4x64_epi64, _mm256_round_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castpd_ps, _mm512_castps_pd,
+    _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
+    _mm512_cvtps_epi32, _mm512_cvtps_ph, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_extractf32x8_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_f32x4,
+    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
+
+use std::mem::transmute;
 
 use half::{bf16, f16};
 
@@ -84,6 +88,28 @@ fn exp2_of_eight(n: __m256) -> __m256 {
         let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
         _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
     }
+}
+
+#[inline(always)]
+fn transpose_eight(mut v: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: see the module's head.
+    unsafe {
+        // In each half, a square of four rows and four columns; then the halves, as a square themselves.
+        for i in [0, 4] {
+            let (a, b) = (_mm256_unpacklo_ps(v[i], v[i + 1]), _mm256_unpackhi_ps(v[i], v[i + 1]));
+            let (c, d) = (_mm256_unpacklo_ps(v[i + 2], v[i + 3]), _mm256_unpackhi_ps(v[i + 2], v[i + 3]));
+            v[i] = _mm256_shuffle_ps::<0x44>(a, c);
+            v[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+            v[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+            v[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+        }
+        for i in 0..4 {
+            let (low, high) = (v[i], v[i + 4]);
+            v[i] = _mm256_permute2f128_ps::<0x20>(low, high);
+            v[i + 4] = _mm256_permute2f128_ps::<0x31>(low, high);
+        }
+    }
+    v
 }
 
 /// # Safety
@@ -162,6 +188,19 @@ impl Simd for Avx2 {
         unsafe { Pair(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
     }
     #[inline(always)]
+    fn transpose(self, v: [Pair; 16]) -> [Pair; 16] {
+        // Four squares of eight.
+        let square = |first: usize, upper: bool| {
+            transpose_eight(std::array::from_fn(|i| if upper { v[first + i].1 } else { v[first + i].0 }))
+        };
+        let lower = [square(0, false), square(8, false)];
+        let upper = [square(0, true), square(8, true)];
+        std::array::from_fn(|i| {
+            let [left, right] = if i < 8 { lower } else { upper };
+            Pair(left[i % 8], right[i % 8])
+        })
+    }
+    #[inline(always)]
     fn round(self, a: Pair) -> Pair {
         unsafe { Pair(_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1)) }
     }
@@ -237,33 +276,41 @@ impl Simd for Avx2 {
     }
 }
 
+/// With or without `AVX512_BF16`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     pub(crate) fn detect() -> Option<Self> {
         let available = Avx2::detect().is_some()
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+            && is_x86_feature_detected!("avx512vl")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
         available.then_some(Self(()))
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-fn run_avx512<K: Kernel>(simd: Avx512, kernel: K) {
+fn run_avx512<K: Kernel>(simd: Avx512<false>, kernel: K) {
     kernel.run(simd);
 }
 
-impl Simd for Avx512 {
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn run_avx512_bf16<K: Kernel>(simd: Avx512<true>, kernel: K) {
+    kernel.run(simd);
+}
+
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type Vector = __m512;
     const WIDE: bool = true;
+    const PANEL_ROWS: usize = 14;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
         // SAFETY: see the module's head; so for all below.
-        unsafe { run_avx512(self, kernel) }
+        unsafe { if BF16 { run_avx512_bf16(Avx512(()), kernel) } else { run_avx512(Avx512(()), kernel) } }
     }
 
     #[inline(always)]
@@ -297,6 +344,43 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn dot_bf16(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        assert!(BF16, "asked of the level");
+        unsafe { _mm512_dpbf16_ps(sum, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b)) }
+    }
+    #[inline(always)]
+    fn transpose(self, mut v: [__m512; 16]) -> [__m512; 16] {
+        // In each quarter, a square of four rows and four columns; then the quarters, as a square themselves.
+        unsafe {
+            for i in (0..16).step_by(4) {
+                let (a, b) = (_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1]));
+                let (c, d) = (_mm512_unpacklo_ps(v[i + 2], v[i + 3]), _mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+                let pair = |lower, upper| {
+                    let (lower, upper) = (_mm512_castps_pd(lower), _mm512_castps_pd(upper));
+                    [_mm512_unpacklo_pd(lower, upper), _mm512_unpackhi_pd(lower, upper)]
+                };
+                let ([first, second], [third, fourth]) = (pair(a, c), pair(b, d));
+                v[i] = _mm512_castpd_ps(first);
+                v[i + 1] = _mm512_castpd_ps(second);
+                v[i + 2] = _mm512_castpd_ps(third);
+                v[i + 3] = _mm512_castpd_ps(fourth);
+            }
+            for i in 0..4 {
+                const EVEN: i32 = 0x88;
+                const ODD: i32 = 0xdd;
+                let even_low = _mm512_shuffle_f32x4::<EVEN>(v[i], v[i + 4]);
+                let odd_low = _mm512_shuffle_f32x4::<ODD>(v[i], v[i + 4]);
+                let even_high = _mm512_shuffle_f32x4::<EVEN>(v[i + 8], v[i + 12]);
+                let odd_high = _mm512_shuffle_f32x4::<ODD>(v[i + 8], v[i + 12]);
+                v[i] = _mm512_shuffle_f32x4::<EVEN>(even_low, even_high);
+                v[i + 4] = _mm512_shuffle_f32x4::<EVEN>(odd_low, odd_high);
+                v[i + 8] = _mm512_shuffle_f32x4::<ODD>(even_low, even_high);
+                v[i + 12] = _mm512_shuffle_f32x4::<ODD>(odd_low, odd_high);
+            }
+        }
+        v
     }
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {

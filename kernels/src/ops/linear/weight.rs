@@ -5,7 +5,6 @@ use std::sync::{Mutex, PoisonError};
 use half::{bf16, f16};
 
 use crate::ops::operands::{require, require_dtype, require_float};
-use crate::simd::{Float, LANES, Simd};
 use crate::{Context, DType, Error, Result, Tensor, View};
 
 const OP: &str = "int8 weight";
@@ -170,38 +169,6 @@ impl Int8Weight {
     #[must_use]
     pub fn narrow_cols(&self, start: usize, len: usize) -> Self {
         Self { values: self.values.narrow_cols(start, len), scales: self.scales.clone() }
-    }
-}
-
-/// What weights consist of in memory.
-pub(super) trait WeightElement: Copy {
-    /// The first `len` lanes from memory, zero behind them.
-    ///
-    /// # Safety
-    /// `len <= LANES` elements can be read at `from`.
-    unsafe fn load_weights<S: Simd>(simd: S, from: *const Self, len: usize) -> S::Vector;
-}
-
-impl<F: Float> WeightElement for F {
-    #[inline(always)]
-    unsafe fn load_weights<S: Simd>(simd: S, from: *const Self, len: usize) -> S::Vector {
-        // SAFETY: the caller's promise.
-        unsafe { F::load_part(simd, from, len) }
-    }
-}
-
-impl WeightElement for i8 {
-    #[inline(always)]
-    unsafe fn load_weights<S: Simd>(simd: S, from: *const Self, len: usize) -> S::Vector {
-        let mut padded = [0_i8; LANES];
-        // SAFETY: the caller's promise; `padded` has `LANES` elements.
-        unsafe {
-            if len == LANES {
-                return simd.load_i8(from);
-            }
-            std::ptr::copy_nonoverlapping(from, padded.as_mut_ptr(), len);
-            simd.load_i8(padded.as_ptr())
-        }
     }
 }
 

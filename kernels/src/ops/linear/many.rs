@@ -1,0 +1,232 @@
+//! Many rows (prefill): weights are turned into a panel in the cache, lanes along the outputs, and multiplied with x one
+//! broadcast value at a time, so that a tile reads few bytes for many products.
+//!
+//! The order of additions stays that of [`super::few`], where lane `l` of sixteen sums up every sixteenth product and the
+//! lanes are added as a tree. Here the sums of one such lane are computed for a whole tile, then those of the next, in the
+//! order in which the tree is walked, and added as soon as both sides of a node are there.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::Block;
+use super::format::Format;
+use super::input::RowTile;
+use crate::simd::{Kernel, LANES, Lanes, Simd};
+
+/// Most outputs of a panel.
+pub(super) const OUTPUTS: usize = 2 * LANES;
+
+/// Levels of the tree of sixteen lanes.
+const LEVELS: usize = LANES.ilog2() as usize;
+
+/// Part of a panel that all rows use before the next part, so that it stays in an L2 cache of 512 KiB or more.
+const PART_BYTES: usize = 256 << 10;
+
+/// Working memory of a thread, kept.
+struct Scratch {
+    panel: Vec<Lanes>,
+    /// Of each tile, the nodes of the tree whose other side is yet to come: `[level][row][vector]`.
+    nodes: Vec<Lanes>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { panel: Vec::new(), nodes: Vec::new() }) };
+}
+
+/// All rows of a block.
+#[inline(always)]
+pub(super) fn many_rows<S: Simd, F: Format>(simd: S, block: &Block<F>) {
+    // A closure is a function of its own, which the instruction set does not reach but by a call.
+    SCRATCH.with_borrow_mut(|scratch| simd.call(Panels { block, scratch }));
+}
+
+struct Panels<'a, F: Format> {
+    block: &'a Block<F>,
+    scratch: &'a mut Scratch,
+}
+
+impl<F: Format> Kernel for Panels<'_, F> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { block, scratch } = self;
+        let panel_vectors = if S::WIDE { 2 } else { 1 };
+        let panel_outputs = panel_vectors * LANES;
+        let panel_len = block.x.steps * panel_outputs;
+        let parts = (panel_len * size_of::<Lanes>()).div_ceil(PART_BYTES).next_power_of_two().min(LANES);
+        // With one part, a tile is done before the next begins.
+        let kept_rows = if parts == 1 { S::PANEL_ROWS } else { block.x.rows };
+        grow(&mut scratch.panel, panel_len);
+        grow(&mut scratch.nodes, kept_rows * panel_vectors * LEVELS);
+        let panel = scratch.panel.as_mut_ptr();
+        for output in (0..block.num_outputs).step_by(panel_outputs) {
+            let num_outputs = panel_outputs.min(block.num_outputs - output);
+            for vector in 0..panel_vectors {
+                let (output, left) = (output + vector * LANES, num_outputs.saturating_sub(vector * LANES));
+                let num_outputs = left.min(LANES);
+                simd.call(Turn { block, output, num_outputs, panel, vector, panel_vectors });
+            }
+            for part in 0..parts {
+                let leaves = part * LANES / parts..(part + 1) * LANES / parts;
+                for tile in 0..block.x.num_tiles() {
+                    let rows = block.x.tile(tile);
+                    let kept = if parts == 1 { 0 } else { rows.row * panel_vectors * LEVELS };
+                    let nodes = scratch.nodes[kept..].as_mut_ptr();
+                    Tile { block, panel, output, num_outputs, rows, leaves: leaves.clone(), nodes }
+                        .call(simd);
+                }
+            }
+        }
+    }
+}
+
+fn grow(memory: &mut Vec<Lanes>, len: usize) {
+    if memory.len() < len {
+        memory.resize(len, Lanes::ZERO);
+    }
+}
+
+/// Writes one of the vectors of outputs into a panel, `[lane of k][step][vector]`, zeros where there is no output.
+struct Turn<'a, F: Format> {
+    block: &'a Block<F>,
+    output: usize,
+    num_outputs: usize,
+    panel: *mut Lanes,
+    vector: usize,
+    panel_vectors: usize,
+}
+
+impl<F: Format> Kernel for Turn<'_, F> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { block, output, num_outputs, panel, vector, panel_vectors } = self;
+        let (k, steps, stride) = (block.x.k, block.x.steps, block.weight_stride);
+        // SAFETY: the block has `num_outputs` from `output` on; the panel has `LANES * steps * panel_vectors` vectors.
+        unsafe {
+            let weights = block.weights.wrapping_add(output * stride);
+            for step in 0..steps {
+                let at = step * F::PER_STEP;
+                let len = F::PER_STEP.min(k - at);
+                let mut rows = [simd.splat(0.0); LANES];
+                for (row, lanes) in rows.iter_mut().enumerate().take(num_outputs) {
+                    *lanes = F::load(simd, weights.add(row * stride + at), len);
+                }
+                for (lane, outputs) in simd.transpose(rows).into_iter().enumerate() {
+                    simd.store(panel.add((lane * steps + step) * panel_vectors + vector).cast(), outputs);
+                }
+            }
+        }
+    }
+}
+
+/// A panel times a few rows of x.
+struct Tile<'a, F: Format> {
+    block: &'a Block<F>,
+    panel: *const Lanes,
+    output: usize,
+    num_outputs: usize,
+    rows: RowTile,
+    /// Which lanes of k, by their place in the tree.
+    leaves: Range<usize>,
+    nodes: *mut Lanes,
+}
+
+impl<F: Format> Tile<'_, F> {
+    #[inline(always)]
+    fn call<S: Simd>(self, simd: S) {
+        macro_rules! call {
+            ($($wide:literal)*; $($narrow:literal)*) => {
+                match self.rows.num_rows {
+                    $($wide if S::WIDE => simd.call(Sized::<F, 2, $wide>(self)),)*
+                    $($narrow if !S::WIDE && $narrow <= S::PANEL_ROWS => simd.call(Sized::<F, 1, $narrow>(self)),)*
+                    rows => unreachable!("no tile of {rows} rows"),
+                }
+            };
+        }
+        // More than `few::MOST_ROWS` rows in even tiles.
+        call!(8 9 10 11 12 13 14; 1 2 3 4 5 6);
+    }
+}
+
+struct Sized<'a, F: Format, const VECTORS: usize, const ROWS: usize>(Tile<'a, F>);
+
+impl<F: Format, const VECTORS: usize, const ROWS: usize> Kernel for Sized<'_, F, VECTORS, ROWS> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Tile { block, panel, output, num_outputs, rows, leaves, nodes } = self.0;
+        let steps = block.x.steps;
+        for leaf in leaves {
+            // The order of the leaves: 0 and 8, 4 and 12, 2 and 10, ...
+            let lane = leaf.reverse_bits() >> (usize::BITS as usize - LEVELS);
+            // SAFETY: panel and tile have `steps` of each lane.
+            let mut sums = unsafe {
+                let weights = panel.add(lane * steps * VECTORS).cast::<f32>();
+                let x = rows.x.add(lane * steps * ROWS);
+                lane_sums::<S, F, VECTORS, ROWS>(simd, weights, x, steps)
+            };
+            let level = leaf.trailing_ones() as usize;
+            for level in 0..level {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for (vector, sum) in sums.iter_mut().enumerate() {
+                        // SAFETY: within the nodes; written when the other side was computed.
+                        let other =
+                            unsafe { simd.load(nodes.add((level * ROWS + row) * VECTORS + vector).cast()) };
+                        *sum = simd.add(other, *sum);
+                    }
+                }
+            }
+            if level < LEVELS {
+                for (row, sums) in sums.iter().enumerate() {
+                    for (vector, &sum) in sums.iter().enumerate() {
+                        // SAFETY: within the nodes.
+                        unsafe { simd.store(nodes.add((level * ROWS + row) * VECTORS + vector).cast(), sum) }
+                    }
+                }
+                continue;
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (vector, &sum) in sums.iter().enumerate() {
+                    let len = LANES.min(num_outputs.saturating_sub(vector * LANES));
+                    if len > 0 {
+                        let output = output + vector * LANES;
+                        // SAFETY: the block has these rows and outputs, and no other task writes them.
+                        unsafe { block.finish.write_lanes(simd, rows.row + row, output, len, sum) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The sums of one lane of k.
+///
+/// # Safety
+/// `steps * VECTORS` vectors can be read at `weights`, `steps * ROWS` values at `x`.
+#[inline(always)]
+unsafe fn lane_sums<S: Simd, F: Format, const VECTORS: usize, const ROWS: usize>(
+    simd: S,
+    mut weights: *const f32,
+    mut x: *const f32,
+    steps: usize,
+) -> [[S::Vector; VECTORS]; ROWS] {
+    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+    for _ in 0..steps {
+        let mut loaded = [simd.splat(0.0); VECTORS];
+        for (vector, weight) in loaded.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *weight = unsafe { simd.load(weights.add(vector * LANES)) };
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            let x = simd.splat(unsafe { *x.add(row) });
+            for (vector, sum) in sums.iter_mut().enumerate() {
+                *sum = F::mul_add(simd, loaded[vector], x, *sum);
+            }
+        }
+        // SAFETY: at the last step, to the end.
+        unsafe {
+            weights = weights.add(VECTORS * LANES);
+            x = x.add(ROWS);
+        }
+    }
+    sums
+}
