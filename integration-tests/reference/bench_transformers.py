@@ -30,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained(arguments.directory, dtype=dtype).e
 config = model.config
 
 DECODE_STEPS = 8
-SECONDS = 1.0
+SECONDS = 0.5
 
 
 def best_seconds(run):

@@ -1,7 +1,9 @@
 //! Models against the machine's limits and beside other programs, in one run on one machine:
 //!
 //! `make bench` (or `cargo bench --profile release -p shard --bench models -- [135m] [0.5b] [1b] [bf16] [f16] [f32] [int8] [prefill]
-//! [decode] [long]`), which prints Markdown. `make bench-peers` installs the other programs.
+//! [decode] [long] [alone | llama.cpp | transformers] [prepare]`), which prints Markdown. Arguments leave out what they do not
+//! name: shapes, weights, workloads, other programs; `prepare` only makes the checkpoints, which takes minutes once.
+//! `make bench-peers` installs the other programs.
 //!
 //! Weights are random, in published shapes: what a step costs does not depend on what the weights say. Each figure is the
 //! best of several, taken in turns with the other programs', so that whatever else the machine does hits all of them.
@@ -55,14 +57,18 @@ fn main() -> anyhow::Result<()> {
     let shapes = SHAPES.map(|(name, _)| name);
     let weights = WEIGHTS.map(|weights| weights.name);
     let kinds = Workload::KINDS;
+    let peers = ["llama.cpp", "transformers", "alone"];
     if let Some(unknown) = chosen.iter().find(|name| {
-        ![&shapes[..], &weights[..], &kinds[..]].iter().any(|names| names.contains(&name.as_str()))
+        ![&shapes[..], &weights[..], &kinds[..], &peers[..], &["prepare"]]
+            .iter()
+            .any(|names| names.contains(&name.as_str()))
     }) {
         anyhow::bail!(
-            "{unknown} is none of {}, {}, {}",
+            "{unknown} is none of {}, {}, {}, {}, prepare",
             shapes.join(", "),
             weights.join(", "),
-            kinds.join(", ")
+            kinds.join(", "),
+            peers.join(", ")
         );
     }
     let wants = |names: &[&str], name: &str| {
@@ -73,17 +79,21 @@ fn main() -> anyhow::Result<()> {
         Workload::ALL.into_iter().filter(|workload| wants(&kinds, workload.kind())).collect();
 
     let context = Context::cpu(kernels::available_cores());
-    let llama_cpp = LlamaCpp::find();
-    let transformers = Transformers::find();
+    let llama_cpp = LlamaCpp::find().filter(|_| wants(&peers, peers[0]));
+    let transformers = Transformers::find().filter(|_| wants(&peers, peers[1]));
     println!("{} threads, {:?}.", context.num_threads(), kernels::Level::detect());
     for (peer, is_there) in [("llama.cpp", llama_cpp.is_some()), ("transformers", transformers.is_some())] {
-        if !is_there {
+        if !is_there && wants(&peers, peer) {
             println!("{peer} is not installed: `make bench-peers` does it.");
         }
     }
     for (name, shape) in SHAPES.into_iter().filter(|(name, _)| wants(&shapes, name)) {
         for weights in WEIGHTS.into_iter().filter(|choice| wants(&weights, choice.name)) {
             let directory = shape.write(weights.stored, &work_directory(), &demo_checkpoint())?;
+            if chosen.iter().any(|choice| choice == "prepare") {
+                llama_cpp.as_ref().map(|peer| peer.convert(&directory, weights.gguf)).transpose()?;
+                continue;
+            }
             let run = Run { shape, weights, directory: &directory, workloads: &workloads, context: &context };
             run.measure(name, llama_cpp.as_ref(), transformers.as_ref())?;
         }

@@ -24,7 +24,7 @@ const BLOCKS_PER_SEQUENCE: usize = MAX_POSITION / BLOCK_SIZE;
 const NUM_BLOCKS: usize = LONG_BATCH * BLOCKS_PER_SEQUENCE;
 const MAX_ROWS: usize = 512;
 /// How long a figure is repeated; the best counts.
-const LEAST: Duration = Duration::from_millis(1000);
+const LEAST: Duration = Duration::from_millis(700);
 
 pub(crate) struct Ours {
     model: Model,

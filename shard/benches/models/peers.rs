@@ -62,16 +62,19 @@ impl LlamaCpp {
     ) -> anyhow::Result<()> {
         let mut batches = Vec::new();
         for &workload in workloads {
+            let is_known = rates.get(workload).is_some();
             match workload {
                 Workload::Prefill(tokens) => {
-                    let prompt = ["-p", &tokens.to_string(), "-n", "0", "-r", "2"];
+                    let prompt = ["-p", &tokens.to_string(), "-n", "0", "-r", "1"];
                     rates.add(workload, self.single(gguf, threads, &prompt)?);
                 }
                 Workload::Decode { batch: 1, context: 0 } => {
-                    let decode = ["-p", "0", "-n", &DECODE_STEPS.to_string(), "-r", "4"];
+                    let decode = ["-p", "0", "-n", &DECODE_STEPS.to_string(), "-r", "3"];
                     rates.add(workload, self.single(gguf, threads, &decode)?);
                     // Where one core reads all that memory gives, two only wait for each other.
-                    rates.add(workload, self.single(gguf, 1, &decode)?);
+                    if threads > 1 && !is_known {
+                        rates.add(workload, self.single(gguf, 1, &decode)?);
+                    }
                 }
                 Workload::Decode { batch, context: 0 } => batches.push(batch),
                 Workload::Decode { .. } => {}
