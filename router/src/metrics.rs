@@ -53,6 +53,8 @@ pub(crate) const KV_BLOCKS_CACHED: &str = "lamplighter_kv_blocks_cached";
 pub(crate) const PREFIX_CACHE_EVICTIONS: &str = "lamplighter_prefix_cache_evicted_blocks";
 /// Requests whose time was over, by `where`: `queue` (nothing was computed) or `running`.
 pub(crate) const REQUEST_TIMEOUTS: &str = "lamplighter_request_timeouts";
+/// Most prompt tokens of the next step, where `--target-itl-ms` sets it.
+pub(crate) const PREFILL_BUDGET: &str = "lamplighter_prefill_budget_tokens";
 /// The router's own work for a step, by `stage`; see [`Stage`].
 pub(crate) const ROUTER_STEP_DURATION: &str = "lamplighter_router_step_duration";
 
@@ -103,6 +105,7 @@ pub(crate) fn describe_scheduler() {
         REQUEST_TIMEOUTS,
         "requests whose time was over, by where (queue: nothing was computed, running)"
     );
+    describe_gauge!(PREFILL_BUDGET, "most prompt tokens of the next step, where --target-itl-ms sets it");
     describe_histogram!(
         ROUTER_STEP_DURATION,
         Unit::Seconds,
@@ -232,6 +235,11 @@ pub(crate) fn record_prefix_cache_hit(tokens: usize) {
 /// Cached blocks were given to other content.
 pub(crate) fn record_prefix_cache_evictions(blocks: usize) {
     counter!(PREFIX_CACHE_EVICTIONS).increment(blocks as u64);
+}
+
+/// How many prompt tokens the next step may compute to hold the inter-token latency that is asked for.
+pub(crate) fn set_prefill_budget(tokens: usize) {
+    gauge!(PREFILL_BUDGET).set(tokens as f64);
 }
 
 /// A request's time was over before its first step.

@@ -1,10 +1,12 @@
 //! What is computed next: a pure function of who runs, who waits, and what there is to give.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use proto::units::{BlockId, SequenceId, TokenId};
 
+use super::chunks::divide;
+use super::rank::Rank;
 use super::request::TokenRequest;
 use super::state::RequestId;
 
@@ -22,8 +24,9 @@ pub(crate) struct Budget {
 /// A request as the planner sees it.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
-    /// Its id; the lower, the older.
     pub(crate) request: RequestId,
+    /// By priority and age; the lowest goes first.
+    pub(crate) rank: Rank,
     /// Tokens that can be computed, those that already are included. One more than `computed` is a decode row.
     pub(crate) len: usize,
     /// Tokens whose keys and values are in its blocks, or will be when the steps in flight are done; of a waiting request,
@@ -38,6 +41,8 @@ pub(crate) struct Candidate {
     pub(crate) has_room: bool,
     /// Of a waiting request, what it would do about its next block, if that is one which others can use.
     pub(crate) next_block: NextBlock,
+    /// Of a waiting request, how many more tokens of requests behind it may be let in before it.
+    pub(crate) patience: usize,
 }
 
 /// The first block that a waiting request does not find in the cache.
@@ -67,8 +72,17 @@ pub(crate) struct Supply {
 pub(crate) enum Plan {
     /// To take a running request's blocks, put it back into the queue, and plan again.
     Preempt(Preempt),
-    /// What to compute; rows of one token first. A request that is not running yet is thereby admitted.
-    Compute(Vec<Row>),
+    /// What to compute.
+    Compute(Rows),
+}
+
+/// What a step computes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Rows {
+    /// Those of one token first. A request that is not running yet is thereby admitted.
+    pub(crate) rows: Vec<Row>,
+    /// Waiting requests before which others behind them are let in, and how many tokens those have to compute.
+    pub(crate) overtaken: Vec<(RequestId, usize)>,
 }
 
 /// Who is to give his blocks, and to whom.
@@ -90,12 +104,17 @@ pub(crate) struct Row {
     pub(crate) new_blocks: usize,
 }
 
-/// Plans one step. `running` and `waiting` are oldest first.
+/// Waiting requests that are looked at for a step. A chunk of a few thousand tokens has no room for more, and it keeps
+/// planning short where thousands wait.
+const LOOK_AHEAD: usize = 128;
+
+/// Plans one step. `running` is in the order of rank, `waiting` in the order in which they are to be let in.
 ///
-/// Running requests come first, by age: each gets a decode row, or a chunk of its prompt as long as the prefill budget
-/// lasts. When blocks run out, those whose readers have stalled give theirs, then the youngest; so the oldest always
-/// proceeds, and with it all. What is left goes to waiting requests in strict order, each when the blocks for all its
-/// tokens can be had; only those whose next block is about to be computed by another are passed over.
+/// Running requests come first: each gets a decode row, or a chunk of its prompt. When blocks run out, those whose readers
+/// have stalled give theirs, then the one with the last rank; so the first always proceeds, and with it all. What is left
+/// goes to waiting requests, each when the blocks for all its tokens can be had. One that does not fit is overtaken by those
+/// behind it which do, as long as it has patience; one whose next block is about to be computed by another is passed over.
+/// All prompts divide the prefill budget.
 ///
 /// How many blocks a preempted request gives back depends on who else uses them. So a plan names one, and when it has
 /// given its blocks, the rest is planned with what there is.
@@ -105,24 +124,82 @@ pub(crate) fn plan(
     supply: Supply,
     budget: &Budget,
 ) -> Plan {
+    let ready = running.iter().filter(|candidate| candidate.has_room).collect::<Vec<_>>();
+    let busy = ready.iter().filter(|candidate| candidate.remaining() > 0).count();
+    let places = if supply.admits { budget.max_sequences.saturating_sub(busy) } else { 0 };
+    let prospects = if places > 0 { prospects(waiting) } else { Vec::new() };
     let mut planner = Planner {
         budget,
         available_blocks: supply.blocks,
         prefill_tokens: budget.max_prefill_tokens,
+        chunks: chunks(&ready, &prospects, budget.max_prefill_tokens),
         stalled: running.iter().filter(|candidate| !candidate.has_room).collect(),
         rows: Vec::new(),
+        prompts: Vec::new(),
+        overtaken: Vec::new(),
     };
-    let ready = running.iter().filter(|candidate| candidate.has_room).collect();
-    let mut preempt = planner.advance(ready).map(Preempt::ForRunning);
-    if preempt.is_none() && supply.admits {
-        preempt = planner.admit(running, waiting, supply.headroom).map(Preempt::ForWaiting);
+    let mut preempt = planner.advance(&ready).map(Preempt::ForRunning);
+    if preempt.is_none() {
+        let door = Door { places, headroom: supply.headroom };
+        preempt = planner.admit(&ready, &prospects, door).map(Preempt::ForWaiting);
     }
     if let Some(preempt) = preempt {
         return Plan::Preempt(preempt);
     }
-    // Stable: within each part the order stays that of age. Shards take decode rows first.
-    planner.rows.sort_by_key(|row| row.num_tokens > 1);
-    Plan::Compute(planner.rows)
+    planner.top_up();
+    Plan::Compute(planner.finish())
+}
+
+/// The waiting requests that a step might let in.
+fn prospects(waiting: impl IntoIterator<Item = Candidate>) -> Vec<Candidate> {
+    let mut prospects = Vec::new();
+    for candidate in waiting.into_iter().take(LOOK_AHEAD) {
+        // Without room, it was preempted while its reader stalled. It must not hold up those behind it.
+        if !candidate.has_room || candidate.next_block == NextBlock::Coming {
+            continue;
+        }
+        let impatient = candidate.patience == 0;
+        prospects.push(candidate);
+        if impatient {
+            break;
+        }
+    }
+    prospects
+}
+
+/// How prompts divide the prefill budget, if all that might be let in are.
+fn chunks(ready: &[&Candidate], prospects: &[Candidate], budget: usize) -> HashMap<RequestId, usize> {
+    let running = ready.iter().copied().filter(|candidate| candidate.remaining() > 1);
+    let first_running = running.clone().next().map(|candidate| candidate.request);
+    let num_running = running.clone().count();
+    let waiting = prospects.iter().filter(|candidate| candidate.remaining() > 1);
+    let mut prompts = running.chain(waiting).collect::<Vec<_>>();
+    // Who goes first among all of them: of those who wait, only the first is let in whatever happens.
+    if let (Some(running), Some(waiting)) = (prompts.first(), prompts.get(num_running))
+        && waiting.rank < running.rank
+    {
+        prompts[..=num_running].rotate_right(1);
+    }
+    let remaining = prompts.iter().map(|candidate| candidate.remaining()).collect::<Vec<_>>();
+    let mut chunks = divide(budget, &remaining);
+    // Who waits may not fit, and then the first that runs must proceed without it.
+    if let Some(index) = prompts.iter().position(|candidate| Some(candidate.request) == first_running)
+        && chunks[index] == 0
+        && let Some(longest) = chunks.iter_mut().max()
+    {
+        *longest -= 1;
+        chunks[index] = 1;
+    }
+    prompts.iter().map(|candidate| candidate.request).zip(chunks).collect()
+}
+
+/// What keeps waiting requests out.
+#[derive(Debug, Clone, Copy)]
+struct Door {
+    /// Sequences that a step has places for beside those that run.
+    places: usize,
+    /// Blocks that are kept for each running sequence.
+    headroom: usize,
 }
 
 struct Planner<'a> {
@@ -130,22 +207,27 @@ struct Planner<'a> {
     available_blocks: usize,
     /// What is left of the prefill budget.
     prefill_tokens: usize,
-    /// Running requests whose readers have stalled, oldest first: the first to give their blocks.
+    /// The part of it that each prompt has.
+    chunks: HashMap<RequestId, usize>,
+    /// Running requests whose readers have stalled, in the order of rank: the first to give their blocks.
     stalled: Vec<&'a Candidate>,
     rows: Vec<Row>,
+    /// Of the rows, those with chunks: index and request.
+    prompts: Vec<(usize, &'a Candidate)>,
+    overtaken: Vec<(&'a Candidate, usize)>,
 }
 
 impl<'a> Planner<'a> {
     /// Gives rows to running requests. Returns who must give blocks for that.
-    fn advance(&mut self, mut ready: VecDeque<&'a Candidate>) -> Option<RequestId> {
-        while let Some(candidate) = ready.pop_front() {
-            if self.is_full() {
+    fn advance(&mut self, ready: &[&'a Candidate]) -> Option<RequestId> {
+        for (index, candidate) in ready.iter().enumerate() {
+            if self.rows.len() == self.budget.max_sequences {
                 return None;
             }
             let wanted = self.tokens_wanted(candidate);
-            let num_tokens = self.tokens_that_fit(candidate, wanted);
+            let num_tokens = self.tokens_that_fit(candidate, wanted, self.available_blocks);
             if wanted > 0 && num_tokens == 0 {
-                let victim = self.stalled.pop().or_else(|| ready.pop_back());
+                let victim = self.stalled.last().or_else(|| ready[index + 1..].last());
                 if let Some(victim) = victim {
                     return Some(victim.request);
                 }
@@ -155,52 +237,57 @@ impl<'a> Planner<'a> {
         None
     }
 
-    /// Lets waiting requests in. Returns who must give blocks for that.
+    /// Lets up to `places` waiting requests in. Returns who must give blocks for that.
     fn admit(
         &mut self,
-        running: &[Candidate],
-        waiting: impl IntoIterator<Item = Candidate>,
-        headroom: usize,
+        ready: &[&'a Candidate],
+        prospects: &'a [Candidate],
+        Door { mut places, headroom }: Door,
     ) -> Option<RequestId> {
-        let ready = running.iter().filter(|candidate| candidate.has_room);
         // For those that run, since they will soon need more blocks: the watermark below which nobody is let in.
-        let mut watermark = ready.clone().count() * headroom;
+        let mut watermark = ready.len() * headroom;
         // Blocks that prompts which are let in already will need for their next chunks.
-        let mut promised = ready.map(|candidate| self.blocks_to_come(candidate)).sum::<usize>();
+        let mut promised = ready.iter().map(|candidate| self.blocks_to_come(candidate)).sum::<usize>();
         promised -= self.rows.iter().map(|row| row.new_blocks).sum::<usize>();
         // What could be had from those whose readers have stalled.
         let stalled = self.stalled.iter().map(|stalled| stalled.num_available).sum::<usize>();
         // First blocks of what those who are let in by this plan compute.
         let mut coming = Vec::new();
 
-        for candidate in waiting {
-            if self.is_full() || self.prefill_tokens == 0 {
-                return None;
+        for candidate in prospects {
+            if places == 0 {
+                break;
             }
-            // Without room, it was preempted while its reader stalled. It must not hold up those behind it.
-            if !candidate.has_room || candidate.next_block.is_coming(&coming) {
+            if candidate.next_block.is_coming(&coming) {
                 continue;
             }
-            let needed = self.blocks_to_come(&candidate);
+            let needed = self.blocks_to_come(candidate);
             // Where nothing else can run, the request fits: it would fit an empty cache.
             let least = promised + needed + candidate.num_available + watermark;
-            if watermark > 0 && self.available_blocks + stalled < least {
-                return None;
+            let fits = watermark == 0 || self.available_blocks + stalled >= least;
+            let wanted = self.tokens_wanted(candidate);
+            if !fits || wanted == 0 || !self.may_overtake(candidate) {
+                self.overtaken.push((candidate, 0));
+                continue;
             }
-            let wanted = self.tokens_wanted(&candidate);
-            self.available_blocks = self.available_blocks.saturating_sub(candidate.num_available);
-            let num_tokens = self.tokens_that_fit(&candidate, wanted);
+            let available = self.available_blocks.saturating_sub(candidate.num_available);
+            let num_tokens = self.tokens_that_fit(candidate, wanted, available);
             if num_tokens < wanted
-                && let Some(victim) = self.stalled.pop()
+                && let Some(victim) = self.stalled.last()
             {
                 return Some(victim.request);
             }
             if num_tokens == 0 {
-                return None;
+                break;
             }
-            let new_blocks = self.push(&candidate, num_tokens);
+            self.available_blocks = available;
+            let new_blocks = self.push(candidate, num_tokens);
             promised += needed - new_blocks;
             watermark += headroom;
+            places -= 1;
+            for (_, tokens) in &mut self.overtaken {
+                *tokens += candidate.remaining();
+            }
             if let NextBlock::Shared(hash) = candidate.next_block {
                 coming.push(hash);
             }
@@ -208,21 +295,45 @@ impl<'a> Planner<'a> {
         None
     }
 
-    fn is_full(&self) -> bool {
-        self.rows.len() == self.budget.max_sequences
+    /// Whether those before it that are not let in have the patience.
+    fn may_overtake(&self, candidate: &Candidate) -> bool {
+        self.overtaken.iter().all(|(before, tokens)| tokens + candidate.remaining() <= before.patience)
     }
 
-    /// Tokens that the budgets allow it: one for a decode row, else a chunk.
-    fn tokens_wanted(&self, candidate: &Candidate) -> usize {
-        match candidate.len - candidate.computed {
-            1 => 1,
-            remaining => remaining.min(self.prefill_tokens),
+    /// Gives what those who were not let in have left of the prefill budget to those who compute chunks.
+    fn top_up(&mut self) {
+        for (index, candidate) in std::mem::take(&mut self.prompts) {
+            let Row { num_tokens, new_blocks, .. } = self.rows[index];
+            let wanted = (candidate.remaining() - num_tokens).min(self.prefill_tokens);
+            let fitting =
+                self.tokens_that_fit(candidate, num_tokens + wanted, new_blocks + self.available_blocks);
+            // Never less than before: those were the blocks for that.
+            let blocks = self.blocks_for(candidate, fitting);
+            self.prefill_tokens -= fitting - num_tokens;
+            self.available_blocks -= blocks - new_blocks;
+            self.rows[index] = Row { num_tokens: fitting, new_blocks: blocks, ..self.rows[index] };
         }
     }
 
-    /// Of `wanted` tokens, those for which there are blocks.
-    fn tokens_that_fit(&self, candidate: &Candidate, wanted: usize) -> usize {
-        let slots = (candidate.num_blocks + self.available_blocks) * self.budget.block_size;
+    fn finish(mut self) -> Rows {
+        // Stable: within each part the order stays. Shards take decode rows first.
+        self.rows.sort_by_key(|row| row.num_tokens > 1);
+        let overtaken = self.overtaken.into_iter().filter(|(_, tokens)| *tokens > 0);
+        let overtaken = overtaken.map(|(candidate, tokens)| (candidate.request, tokens));
+        Rows { rows: self.rows, overtaken: overtaken.collect() }
+    }
+
+    /// Tokens that the budgets allow it: one for a decode row, else its chunk.
+    fn tokens_wanted(&self, candidate: &Candidate) -> usize {
+        match candidate.remaining() {
+            one @ 0..=1 => one,
+            _ => self.chunks.get(&candidate.request).copied().unwrap_or_default(),
+        }
+    }
+
+    /// Of `wanted` tokens, those for which there are blocks if it gets `available` ones.
+    fn tokens_that_fit(&self, candidate: &Candidate, wanted: usize, available: usize) -> usize {
+        let slots = (candidate.num_blocks + available) * self.budget.block_size;
         wanted.min(slots - candidate.computed)
     }
 
@@ -231,19 +342,36 @@ impl<'a> Planner<'a> {
         candidate.len.div_ceil(self.budget.block_size).saturating_sub(candidate.num_blocks)
     }
 
+    /// Blocks missing for its next `num_tokens` tokens.
+    fn blocks_for(&self, candidate: &Candidate, num_tokens: usize) -> usize {
+        (candidate.computed + num_tokens).div_ceil(self.budget.block_size) - candidate.num_blocks
+    }
+
     /// Adds a row, if it has tokens. Returns the blocks that it takes.
-    fn push(&mut self, candidate: &Candidate, num_tokens: usize) -> usize {
+    fn push(&mut self, candidate: &'a Candidate, num_tokens: usize) -> usize {
         if num_tokens == 0 {
             return 0;
         }
-        let blocks = (candidate.computed + num_tokens).div_ceil(self.budget.block_size);
-        let new_blocks = blocks - candidate.num_blocks;
+        let new_blocks = self.blocks_for(candidate, num_tokens);
         self.available_blocks -= new_blocks;
-        if candidate.len - candidate.computed > 1 {
+        if candidate.remaining() > 1 {
             self.prefill_tokens -= num_tokens;
+            self.prompts.push((self.rows.len(), candidate));
         }
         self.rows.push(Row { request: candidate.request, num_tokens, new_blocks });
         new_blocks
+    }
+}
+
+impl Candidate {
+    /// Whether it would be a row of one token.
+    pub(crate) fn decodes(&self) -> bool {
+        self.remaining() == 1
+    }
+
+    /// Tokens that can be computed and are not yet.
+    fn remaining(&self) -> usize {
+        self.len - self.computed
     }
 }
 
@@ -308,12 +436,14 @@ mod tests {
         let num_blocks = computed.div_ceil(BUDGET.block_size);
         Candidate {
             request: RequestId(request),
+            rank: Rank::of_equals(RequestId(request)),
             len,
             computed,
             num_blocks,
             num_available: 0,
             has_room: true,
             next_block: NextBlock::Own,
+            patience: len,
         }
     }
 
@@ -340,7 +470,7 @@ mod tests {
         let mut preempted = Vec::new();
         let planned = loop {
             let request = match plan(&running, waiting.to_vec(), supply, &BUDGET) {
-                Plan::Compute(rows) => break rows,
+                Plan::Compute(Rows { rows, .. }) => break rows,
                 Plan::Preempt(Preempt::ForWaiting(request)) => request,
                 Plan::Preempt(Preempt::ForRunning(request)) => {
                     supply.admits = false;
@@ -403,10 +533,61 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_fit_holds_up_those_behind_but_a_stalled_reader_does_not() {
+    fn who_does_not_fit_is_overtaken_as_long_as_it_has_patience() {
         let running = [candidate(1, 8, 7)];
-        check(&running, &[candidate(2, 100, 0), candidate(3, 4, 0)], 10, &[(1, 1, 0)], &[]);
-        check(&running, &[stalled(2, 8, 0), candidate(3, 4, 0)], 10, &[(1, 1, 0), (3, 4, 1)], &[]);
+        let long = |patience| Candidate { patience, ..candidate(2, 100, 0) };
+        let decode_row = (1, 1, 0);
+        check(&running, &[long(4), candidate(3, 4, 0)], 10, &[decode_row, (3, 4, 1)], &[]);
+        check(&running, &[long(3), candidate(3, 4, 0)], 10, &[decode_row], &[]);
+        // One that is too long to overtake may be overtaken itself.
+        let behind = [long(5), candidate(3, 6, 0), candidate(4, 3, 0), candidate(5, 3, 0)];
+        check(&running, &behind, 10, &[decode_row, (4, 3, 1)], &[]);
+        check(&running, &[stalled(2, 8, 0), candidate(3, 4, 0)], 10, &[decode_row, (3, 4, 1)], &[]);
+    }
+
+    #[test]
+    fn patience_is_used_up_by_the_tokens_of_those_who_are_let_in() {
+        let running = [candidate(1, 8, 7)];
+        let waiting = [candidate(2, 100, 0), candidate(3, 4, 0), candidate(4, 100, 0), candidate(5, 6, 0)];
+        let plan = plan(&running, waiting, Supply { blocks: 10, headroom: 1, admits: true }, &BUDGET);
+        let Plan::Compute(Rows { overtaken, .. }) = plan else { panic!("{plan:?}") };
+        assert_eq!(overtaken, [(RequestId(2), 10), (RequestId(4), 6)]);
+    }
+
+    #[test]
+    fn a_short_prompt_passes_a_long_one_that_runs_or_waits() {
+        check(&[candidate(1, 100, 0)], &[candidate(2, 5, 0)], 50, &[(1, 11, 3), (2, 5, 2)], &[]);
+        // The running ones have their chunks in the order of what is left of them, the first half of the budget.
+        let running = [candidate(1, 100, 0), candidate(2, 60, 0), candidate(3, 12, 4)];
+        check(&running, &[], 90, &[(1, 8, 2), (3, 8, 2)], &[]);
+        let waiting = [candidate(1, 100, 0), candidate(2, 60, 0), candidate(3, 5, 0)];
+        check(&[], &waiting, 90, &[(1, 8, 2), (2, 3, 1), (3, 5, 2)], &[]);
+    }
+
+    #[test]
+    fn a_waiting_request_of_a_lower_rank_has_the_first_half_of_the_budget() {
+        let running = [candidate(5, 100, 0)];
+        check(&running, &[candidate(1, 200, 0)], 90, &[(5, 8, 2), (1, 8, 2)], &[]);
+        check(&running, &[candidate(9, 200, 0)], 90, &[(5, 16, 4)], &[]);
+    }
+
+    #[test]
+    fn the_first_that_runs_proceeds_though_one_before_it_waits_for_blocks() {
+        // Both want the only token of the budget, and the waiting one does not fit.
+        let budget = Budget { max_prefill_tokens: 1, ..BUDGET };
+        let plan = plan(
+            &[candidate(5, 30, 0)],
+            [candidate(1, 40, 0)],
+            Supply { blocks: 10, headroom: 1, admits: true },
+            &budget,
+        );
+        let row = Row { request: RequestId(5), num_tokens: 1, new_blocks: 1 };
+        assert_eq!(plan, Plan::Compute(Rows { rows: vec![row], overtaken: Vec::new() }));
+    }
+
+    #[test]
+    fn what_is_kept_for_those_who_do_not_get_in_is_given_to_the_others() {
+        check(&[candidate(1, 60, 0)], &[candidate(2, 20, 0)], 16, &[(1, 16, 4)], &[]);
     }
 
     #[test]

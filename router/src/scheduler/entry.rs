@@ -2,13 +2,15 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::units::{SequenceId, TokenId};
 
 use super::blocks::BlockTable;
+use super::fairness::{GENERATED_TOKEN, PROMPT_TOKEN};
 use super::prefix_cache::{BlockHashes, Match, Prefix};
-use super::request::{EndReason, Token, TokenEvent, TokenRequest};
+use super::queue::Place;
+use super::request::{EndReason, Failure, Token, TokenEvent, TokenRequest};
 use super::sharing::Hold;
 use super::state::{RequestId, Submission};
 use super::token_stream::EventSender;
@@ -21,6 +23,12 @@ pub(crate) struct Entry {
     pub(crate) request: Arc<TokenRequest>,
     pub(crate) events: EventSender,
     pub(crate) submitted_at: Instant,
+    /// Where it stands among others.
+    pub(crate) place: Place,
+    /// Longest time from submission to its end.
+    pub(crate) timeout: Option<Duration>,
+    /// Tokens of requests behind it that were let in while it waited.
+    pub(crate) overtaken_by: usize,
     /// Whether its reader knows that it left the queue.
     pub(crate) started: bool,
     /// Tokens generated so far; the reader has them.
@@ -35,9 +43,15 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// As it comes through the door. `block_size`: as in [`BlockHashes`].
-    pub(crate) fn new(submission: Submission, block_size: usize) -> Self {
+    /// As it comes through the door. `block_size`: as in [`BlockHashes`]. `longest`: what the operator allows.
+    pub(crate) fn new(
+        submission: Submission,
+        block_size: usize,
+        place: Place,
+        longest: Option<Duration>,
+    ) -> Self {
         let Submission { id, request, events, submitted_at } = submission;
+        let timeout = request.standing.timeout.into_iter().chain(longest).min();
         let mut hashes = BlockHashes::new(block_size, &request.cache_namespace);
         hashes.extend(&request.prompt, &[]);
         Self {
@@ -45,6 +59,9 @@ impl Entry {
             request: Arc::new(request),
             events,
             submitted_at,
+            place,
+            timeout,
+            overtaken_by: 0,
             started: false,
             generated: Vec::new(),
             prompt_reported: 0,
@@ -52,6 +69,29 @@ impl Entry {
             found: Cell::default(),
             hold: Cell::default(),
         }
+    }
+
+    /// When it must have ended.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.submitted_at.checked_add(self.timeout?)
+    }
+
+    /// Ends it because its deadline has come.
+    pub(crate) fn time_out(self) {
+        let timeout = self.timeout.unwrap_or_default();
+        if self.started {
+            metrics::record_running_timeout();
+            self.events.fail(Failure::Timeout { timeout });
+        } else {
+            metrics::record_queue_timeout();
+            self.events.fail(Failure::QueueTimeout { timeout });
+        }
+    }
+
+    /// How many more tokens of requests behind it may be let in before it: in all, as many as it had when it came, so that
+    /// it is held up by others no longer than by one more like itself.
+    pub(crate) fn patience(&self) -> usize {
+        self.request.prompt.len().saturating_sub(self.overtaken_by)
     }
 
     /// Prompt and output so far, in tokens.
@@ -84,15 +124,18 @@ impl Entry {
         self.request.prompt_logprobs && self.prompt_reported + 1 < self.request.prompt.len()
     }
 
-    /// Tells the reader, the first time, that the request left the queue with `cached_tokens` from the cache.
-    pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize) {
-        if !std::mem::replace(&mut self.started, true) {
-            let queue_time = now.saturating_duration_since(self.submitted_at);
-            let prompt_tokens = self.request.prompt.len();
-            metrics::record_request_started(queue_time, prompt_tokens);
-            metrics::record_prefix_cache_hit(cached_tokens);
-            self.events.send(TokenEvent::Started { queue_time, cached_tokens });
+    /// Tells the reader, the first time, that the request left the queue with `cached_tokens` from the cache. Returns what
+    /// that costs its account: the prompt that is to be computed, and nothing for computing it again after a preemption.
+    pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize) -> u64 {
+        if std::mem::replace(&mut self.started, true) {
+            return 0;
         }
+        let queue_time = now.saturating_duration_since(self.submitted_at);
+        let prompt_tokens = self.request.prompt.len();
+        metrics::record_request_started(queue_time, prompt_tokens);
+        metrics::record_prefix_cache_hit(cached_tokens);
+        self.events.send(TokenEvent::Started { queue_time, cached_tokens });
+        (prompt_tokens - cached_tokens) as u64 * PROMPT_TOKEN
     }
 
     /// Reports the log-probabilities of the prompt tokens from position `first` on, without those that the reader got
@@ -106,8 +149,9 @@ impl Entry {
         }
     }
 
-    /// Reports generated tokens, and why the last of them ends the request, if it does.
-    pub(crate) fn report_tokens(&mut self, tokens: Vec<Token>, end: Option<EndReason>) {
+    /// Reports generated tokens, and why the last of them ends the request, if it does. Returns what they cost its account.
+    pub(crate) fn report_tokens(&mut self, tokens: Vec<Token>, end: Option<EndReason>) -> u64 {
+        let cost = tokens.len() as u64 * GENERATED_TOKEN;
         let last = tokens.len() - 1;
         for (index, token) in tokens.into_iter().enumerate() {
             metrics::record_generated_token();
@@ -115,6 +159,7 @@ impl Entry {
             self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last) });
         }
         self.hashes.extend(&self.request.prompt, &self.generated);
+        cost
     }
 }
 

@@ -7,11 +7,17 @@
 mod answer;
 mod batch;
 mod blocks;
+mod chunks;
+mod deadlines;
 mod entry;
+mod fairness;
 mod handle;
 mod headroom;
+mod pace;
+mod policy;
 mod prefix_cache;
 mod queue;
+mod rank;
 mod request;
 mod sharing;
 #[doc(hidden)]

@@ -28,6 +28,7 @@ impl Scheduler {
         let has_room = self.has_room(running);
         Candidate {
             request: entry.id,
+            rank: entry.place.rank,
             // The last token needs no keys and values: nothing is sampled after it.
             len: if last || unknown { sequence.computed } else { running.len() },
             computed: sequence.computed,
@@ -35,6 +36,7 @@ impl Scheduler {
             num_available: if has_room { 0 } else { self.blocks.num_returned_by(&sequence.table) },
             has_room,
             next_block: NextBlock::Own,
+            patience: 0,
         }
     }
 
@@ -42,12 +44,14 @@ impl Scheduler {
     pub(super) fn waiting_candidate(&self, entry: &Entry) -> Candidate {
         let candidate = Candidate {
             request: entry.id,
+            rank: entry.place.rank,
             len: entry.len(),
             computed: 0,
             num_blocks: 0,
             num_available: 0,
             has_room: entry.events.has_room(self.limits.events_per_step()),
             next_block: NextBlock::Own,
+            patience: entry.patience(),
         };
         // Log-probabilities need the logits of each position, so all is computed again.
         if entry.owes_prompt_logprobs() {

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
 use super::batch::{Budget, NewSequence, Scheduled, Step};
 use super::handle::SchedulerHandle;
+use super::policy::Policy;
 use super::request::{EndReason, Token, TokenRequest};
 use super::state::{Event, Limits, Scheduler};
 use super::token_stream::TokenStream;
@@ -92,6 +93,7 @@ impl Simulation {
                 },
                 steps_in_flight: limits.steps_in_flight,
                 prefix_caching: limits.prefix_caching,
+                policy: Policy::DEFAULT,
                 max_sampled_tokens: 1,
             }),
             handle,

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::batch::Budget;
 use super::handle::SchedulerHandle;
+use super::policy::Policy;
 use super::state::{Limits, Scheduler};
 use super::task;
 use crate::config::RouterConfig;
@@ -160,6 +161,11 @@ pub async fn start(
             Device::Cuda => 2,
         }),
         prefix_caching: config.prefix_caching,
+        policy: Policy {
+            ageing: Duration::from_millis(config.priority_ageing_ms as u64),
+            request_timeout: config.request_timeout(),
+            target_itl: config.target_itl_ms.map(|millis| Duration::from_millis(millis as u64)),
+        },
         // The shards do not speculate.
         max_sampled_tokens: 1,
     };

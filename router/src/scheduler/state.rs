@@ -9,12 +9,17 @@ use proto::units::{BlockId, SequenceId, TokenId};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes, WrongAnswer};
-use super::batch::{self, Budget, NewSequence, Plan, Preempt, Row, Scheduled, Step, Supply};
+use super::batch::{self, Budget, Candidate, NewSequence, Plan, Preempt, Row, Rows, Scheduled, Step, Supply};
 use super::blocks::BlockPool;
+use super::deadlines::Deadlines;
 use super::entry::{Entry, Running, Sequence};
+use super::fairness::{Fairness, PROMPT_TOKEN};
 use super::headroom::Headroom;
+use super::pace::{Pace, Work};
+use super::policy::Policy;
 use super::prefix_cache::Match;
-use super::queue::Queue;
+use super::queue::{Place, Queue};
+use super::rank::Ranking;
 use super::request::{EndReason, Failure, Token, TokenRequest};
 use super::token_stream::EventSender;
 use crate::metrics::{self, SchedulerGauges, StepDurations, StepMethod};
@@ -34,6 +39,8 @@ pub(crate) enum Event {
     ReaderReady,
     /// The oldest step in flight was answered.
     StepDone(StepAnswer),
+    /// Nothing but time has passed: a deadline has come.
+    Tick,
     /// There are no shards any more, for this reason.
     ShardsFailed(String),
     /// All requests are to end now.
@@ -64,6 +71,8 @@ pub(crate) struct Limits {
     /// Most tokens that a row may sample, >= 1. With more than 1, where shards speculate, nothing is run ahead behind a
     /// row that samples.
     pub(crate) max_sampled_tokens: usize,
+    /// Who goes first, and how long anything may take.
+    pub(crate) policy: Policy,
 }
 
 impl Limits {
@@ -80,7 +89,12 @@ pub(crate) type Coming = HashMap<u64, RequestId>;
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     pub(super) limits: Limits,
-    queue: Queue,
+    queue: Queue<Entry>,
+    ranking: Ranking,
+    fairness: Fairness,
+    deadlines: Deadlines,
+    /// Where an inter-token latency is to be held.
+    pace: Option<Pace>,
     /// Requests that hold blocks, oldest first.
     pub(super) running: BTreeMap<RequestId, Running>,
     pub(super) blocks: BlockPool,
@@ -90,6 +104,8 @@ pub(crate) struct Scheduler {
     released: Vec<SequenceId>,
     /// Steps without an answer, oldest first.
     in_flight: VecDeque<InFlight>,
+    /// When the last answer came.
+    answered_at: Option<Instant>,
     pub(super) next_step: u64,
     next_sequence: u64,
     /// Why nothing runs any more.
@@ -103,6 +119,7 @@ struct InFlight {
     rows: Vec<InFlightRow>,
     /// None for a step that only releases: it computes nothing that would be worth a metric.
     method: Option<StepMethod>,
+    work: Work,
     sent_at: Instant,
 }
 
@@ -123,12 +140,18 @@ impl Scheduler {
         Self {
             limits,
             queue: Queue::default(),
+            ranking: Ranking::new(limits.policy.ageing),
+            fairness: Fairness::default(),
+            deadlines: Deadlines::default(),
+            // A prompt proceeds by a block at least: less would not even fill what its step reserves.
+            pace: limits.policy.target_itl.map(|target| Pace::new(target, limits.budget.block_size)),
             running: BTreeMap::new(),
             blocks: BlockPool::new(limits.num_blocks),
             coming: Coming::new(),
             headroom: Headroom::new(),
             released: Vec::new(),
             in_flight: VecDeque::new(),
+            answered_at: None,
             next_step: 1,
             next_sequence: 1,
             failure: None,
@@ -140,11 +163,12 @@ impl Scheduler {
         match event {
             Event::Submit(submission) => self.submit(submission),
             Event::Cancel { request, permit } => {
-                drop(self.remove(request));
+                drop(self.end(request));
                 drop(permit);
             }
-            // Who has room is looked at whenever a step is planned; the event is there to wake the planner.
-            Event::ReaderReady => {}
+            // Who has room is looked at whenever a step is planned, and what time it is after each event; these are there
+            // to wake the planner.
+            Event::ReaderReady | Event::Tick => {}
             Event::StepDone(answer) => {
                 if let Err(wrong) = self.step_done(answer, now) {
                     self.fail_all(&Failure::Shards(wrong.to_string()));
@@ -153,6 +177,8 @@ impl Scheduler {
             Event::ShardsFailed(reason) => self.fail_all(&Failure::Shards(reason)),
             Event::Shutdown => self.fail_all(&Failure::ShuttingDown),
         }
+        // After the event: what was done in time counts.
+        self.expire(now);
         if cfg!(debug_assertions) {
             self.check_invariants();
         }
@@ -160,6 +186,7 @@ impl Scheduler {
 
     /// The next step to send, as long as one is due.
     pub(crate) fn next_step(&mut self, now: Instant) -> Option<Step> {
+        self.expire(now);
         if self.failure.is_some() || self.in_flight.len() >= self.limits.steps_in_flight {
             return None;
         }
@@ -176,12 +203,21 @@ impl Scheduler {
         let mut admits = true;
         loop {
             let running = self.running.values().map(|running| self.running_candidate(running));
-            let running = running.collect::<Vec<_>>();
-            let waiting = self.queue.iter().map(|entry| self.waiting_candidate(entry));
+            let mut running = running.collect::<Vec<_>>();
+            running.sort_unstable_by_key(|candidate| candidate.rank);
+            // Lazily: where the running ones leave no place, the order of those who wait is not asked for.
+            let order = std::iter::once(()).flat_map(|()| self.queue.order(&self.fairness));
+            let waiting = order.map(|entry| self.waiting_candidate(entry));
             let headroom = self.headroom.blocks();
             let supply = Supply { blocks: self.blocks.num_available(), headroom, admits };
-            match batch::plan(&running, waiting, supply, &self.limits.budget) {
-                Plan::Compute(rows) => return rows,
+            match batch::plan(&running, waiting, supply, &self.budget(&running)) {
+                Plan::Compute(Rows { rows, overtaken }) => {
+                    for (request, tokens) in overtaken {
+                        let entry = self.queue.get_mut(request).expect("who is overtaken waits");
+                        entry.overtaken_by += tokens;
+                    }
+                    return rows;
+                }
                 Plan::Preempt(Preempt::ForWaiting(request)) => self.preempt(request),
                 Plan::Preempt(Preempt::ForRunning(request)) => {
                     // Letting another in would be to take his place.
@@ -191,6 +227,21 @@ impl Scheduler {
                 }
             }
         }
+    }
+
+    /// What the next step may use.
+    fn budget(&self, running: &[Candidate]) -> Budget {
+        let Some(pace) = &self.pace else { return self.limits.budget };
+        let decode_rows =
+            running.iter().filter(|candidate| candidate.has_room && candidate.decodes()).count();
+        let max_prefill_tokens = pace.budget(decode_rows, self.limits.budget.max_prefill_tokens);
+        metrics::set_prefill_budget(max_prefill_tokens);
+        Budget { max_prefill_tokens, ..self.limits.budget }
+    }
+
+    /// When to send [`Event::Tick`] if nothing else happens before.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.next()
     }
 
     /// Why nothing runs any more, if so.
@@ -240,6 +291,16 @@ impl Scheduler {
         }
         let both = self.queue.iter().find(|entry| self.running.contains_key(&entry.id));
         assert!(both.is_none(), "{both:?} is waiting and running");
+        self.fairness.check_invariants(self.queue.len(), self.running.len());
+        for entry in self.queue.iter().chain(self.running.values().map(|running| &running.entry)) {
+            let prompt_tokens = entry.request.prompt.len();
+            assert!(entry.overtaken_by <= prompt_tokens, "{:?} is overtaken by too many", entry.id);
+            assert_eq!(self.deadlines.get(entry.id), entry.deadline(), "{:?} has another deadline", entry.id);
+        }
+        assert!(
+            self.deadlines.len() <= self.queue.len() + self.running.len(),
+            "a deadline outlives its request"
+        );
         assert!(self.in_flight.len() <= self.limits.steps_in_flight, "too many steps in flight");
     }
 
@@ -248,14 +309,52 @@ impl Scheduler {
             submission.events.fail(failure.clone());
             return;
         }
-        let Limits { prefix_caching, budget, .. } = &self.limits;
+        let Submission { id, request, submitted_at, .. } = &submission;
+        let place = Place {
+            rank: self.ranking.rank(*id, request.standing.priority, *submitted_at),
+            priority: request.standing.priority,
+            account: self.fairness.enter(&request.standing.account),
+            cost: request.prompt.len() as u64 * PROMPT_TOKEN,
+        };
+        let Limits { prefix_caching, budget, policy, .. } = &self.limits;
         let block_size = if *prefix_caching { budget.block_size } else { usize::MAX };
-        self.queue.push(Entry::new(submission, block_size));
+        let entry = Entry::new(submission, block_size, place, policy.request_timeout);
+        if let Some(deadline) = entry.deadline() {
+            self.deadlines.insert(entry.id, deadline);
+        }
+        self.enqueue(entry);
+    }
+
+    /// Ends the requests whose deadlines have come. One that waits has cost no step; the blocks of one that runs are free.
+    fn expire(&mut self, now: Instant) {
+        while let Some(request) = self.deadlines.pop_expired(now) {
+            let entry = self.end(request).expect("who has a deadline is in the house");
+            entry.time_out();
+        }
+    }
+
+    fn enqueue(&mut self, entry: Entry) {
+        self.fairness.wait(entry.place.account);
+        self.queue.push(entry.place, entry);
+    }
+
+    fn dequeue(&mut self, request: RequestId) -> Option<Entry> {
+        let entry = self.queue.remove(request)?;
+        self.fairness.stop_waiting(entry.place.account);
+        Some(entry)
+    }
+
+    /// Takes a request out for good.
+    fn end(&mut self, request: RequestId) -> Option<Entry> {
+        let entry = self.remove(request)?;
+        self.fairness.leave(entry.place.account);
+        self.deadlines.remove(request);
+        Some(entry)
     }
 
     /// Takes a request out, wherever it is. Its blocks are free and its sequence is released with the next step.
     fn remove(&mut self, request: RequestId) -> Option<Entry> {
-        let Some(running) = self.running.remove(&request) else { return self.queue.remove(request) };
+        let Some(running) = self.running.remove(&request) else { return self.dequeue(request) };
         self.withdraw_announced(&running);
         let Running { entry, sequence } = running;
         self.released.push(sequence.id);
@@ -268,7 +367,7 @@ impl Scheduler {
     fn preempt(&mut self, request: RequestId) {
         let entry = self.remove(request).expect("a plan preempts requests that are running");
         metrics::record_preemption();
-        self.queue.push(entry);
+        self.enqueue(entry);
     }
 
     fn fail_all(&mut self, failure: &Failure) {
@@ -280,6 +379,8 @@ impl Scheduler {
             metrics::record_step_failed(method);
         }
         self.coming.clear();
+        self.deadlines.clear();
+        self.fairness = Fairness::default();
         for Running { entry, sequence } in std::mem::take(&mut self.running).into_values() {
             self.blocks.release(&sequence.table);
             entry.events.fail(failure.clone());
@@ -298,7 +399,7 @@ impl Scheduler {
         let mut in_flight = Vec::with_capacity(rows.len());
         // What is found in the cache is taken before anything is evicted.
         for row in rows {
-            if let Some(entry) = self.queue.remove(row.request) {
+            if let Some(entry) = self.dequeue(row.request) {
                 step.admit.push(self.admit(entry, now));
             }
         }
@@ -310,8 +411,9 @@ impl Scheduler {
             step.schedule.push(running.schedule(row.num_tokens, new_blocks));
             self.share(row.request);
         }
-        let method = record_step(rows);
-        self.in_flight.push_back(InFlight { id, rows: in_flight, method, sent_at: now });
+        let work = Work::of(rows);
+        let method = record_step(rows.len(), work);
+        self.in_flight.push_back(InFlight { id, rows: in_flight, method, work, sent_at: now });
         step
     }
 
@@ -320,7 +422,8 @@ impl Scheduler {
         let prompt_logprobs = entry.owes_prompt_logprobs();
         let found = if prompt_logprobs { Match::default() } else { entry.found.get() };
         let computed = found.num_blocks * self.limits.budget.block_size;
-        entry.start(now, computed);
+        let cost = entry.start(now, computed);
+        self.fairness.charge(entry.place.account, cost);
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let sequence = Sequence {
@@ -362,6 +465,12 @@ impl Scheduler {
             let StepTimes { forward, sampling } = answer.times;
             metrics::record_step_done(method, &StepDurations { total, forward, sampling });
         }
+        // The shards begin a step when it is there and the one before is done.
+        let answered_at = self.answered_at.replace(now);
+        let begun_at = answered_at.map_or(step.sent_at, |answered_at| answered_at.max(step.sent_at));
+        if let Some(pace) = &mut self.pace {
+            pace.observe(step.work, now.saturating_duration_since(begun_at));
+        }
 
         let unknown = |sequence| WrongAnswer::UnknownSequence { step: step.id, sequence };
         let mut outputs = HashMap::with_capacity(answer.outputs.len());
@@ -401,7 +510,7 @@ impl Scheduler {
             output.map_or((Vec::new(), Outcome::Nothing), |output| (output.prompt, output.outcome));
         if outcome == Outcome::InvalidLogits {
             self.forget_computed(row.request);
-            if let Some(entry) = self.remove(row.request) {
+            if let Some(entry) = self.end(row.request) {
                 entry.events.fail(Failure::InvalidLogits);
             }
             return Ok(());
@@ -429,7 +538,7 @@ impl Scheduler {
         self.share(row.request);
         if ended {
             self.headroom.ended();
-            self.remove(row.request);
+            self.end(row.request);
         }
         Ok(())
     }
@@ -454,7 +563,8 @@ impl Scheduler {
         if got == remaining && end.is_none() {
             return Err(WrongAnswer::NotEnded { step, sequence: row.sequence });
         }
-        entry.report_tokens(tokens, end);
+        let cost = entry.report_tokens(tokens, end);
+        self.fairness.charge(entry.place.account, cost);
         sequence.answered += got - 1;
         sequence.computed = sequence.computed.max(sequence.answered);
         if end.is_some() {
@@ -502,14 +612,20 @@ impl Running {
     }
 }
 
-fn record_step(rows: &[Row]) -> Option<StepMethod> {
-    let decode_tokens = rows.iter().filter(|row| row.num_tokens == 1).count();
-    let prefill_tokens = rows.iter().map(|row| row.num_tokens).sum::<usize>() - decode_tokens;
-    let method = match (decode_tokens, prefill_tokens) {
+impl Work {
+    fn of(rows: &[Row]) -> Self {
+        let decode_rows = rows.iter().filter(|row| row.num_tokens == 1).count();
+        let prefill_tokens = rows.iter().map(|row| row.num_tokens).sum::<usize>() - decode_rows;
+        Self { decode_rows, prefill_tokens }
+    }
+}
+
+fn record_step(num_rows: usize, Work { decode_rows, prefill_tokens }: Work) -> Option<StepMethod> {
+    let method = match (decode_rows, prefill_tokens) {
         (0, 0) => return None,
         (_, 0) => StepMethod::Decode,
         _ => StepMethod::Prefill,
     };
-    metrics::record_step_sent(method, rows.len(), decode_tokens, prefill_tokens);
+    metrics::record_step_sent(method, num_rows, decode_rows, prefill_tokens);
     Some(method)
 }

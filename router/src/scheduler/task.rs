@@ -23,7 +23,7 @@ pub(crate) async fn run(
     loop {
         // Shards that have failed have nothing more to say.
         let serving = scheduler.failure().is_none().then_some(&mut shards);
-        let Some(event) = select(&mut events, serving).await else { return };
+        let Some(event) = select(&mut events, serving, scheduler.next_deadline()).await else { return };
         let now = Instant::now();
         let answered = matches!(event, Event::StepDone(_));
         Stage::Apply.time(|| scheduler.apply(event, now));
@@ -48,6 +48,7 @@ pub(crate) async fn run(
 async fn select(
     events: &mut mpsc::UnboundedReceiver<Event>,
     shards: Option<&mut ShardGroup>,
+    deadline: Option<Instant>,
 ) -> Option<Event> {
     let Some(shards) = shards else { return events.recv().await };
     tokio::select! {
@@ -56,6 +57,15 @@ async fn select(
             Ok(answer) => Event::StepDone(answer),
             Err(error) => Event::ShardsFailed(error.to_string()),
         }),
+        () = until(deadline) => Some(Event::Tick),
+    }
+}
+
+/// Resolves at the deadline; never without one.
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Door, scheduler, shard and readers, moved on one event at a time.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use proto::units::TokenId;
@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::model_shard::{ModelShard, Transcript, alone};
 use crate::scheduler::batch::{Budget, Step};
 use crate::scheduler::handle::SchedulerHandle;
+use crate::scheduler::policy::Policy;
 use crate::scheduler::request::{
     CacheNamespace, Failure, Sampling, Standing, SubmitError, TokenEvent, TokenRequest,
 };
@@ -35,6 +36,7 @@ pub(super) const LIMITS: Limits = Limits {
     budget: Budget { max_prefill_tokens: 16, max_sequences: 8, block_size: 4 },
     steps_in_flight: 1,
     prefix_caching: true,
+    policy: Policy::DEFAULT,
     max_sampled_tokens: 1,
 };
 
@@ -69,6 +71,8 @@ pub(super) struct House {
     /// Every step that was ever sent.
     pub(super) sent: Vec<Step>,
     events: mpsc::UnboundedReceiver<Event>,
+    /// What time it is: it passes in `advance` only.
+    now: Instant,
     /// Whether something happened since steps were last asked for. Without an event, the scheduler's task sleeps.
     awake: bool,
 }
@@ -104,6 +108,7 @@ impl House {
             in_flight: VecDeque::new(),
             sent: Vec::new(),
             events,
+            now: Instant::now(),
             awake: false,
         }
     }
@@ -159,21 +164,38 @@ impl House {
         true
     }
 
+    /// Lets time pass, and the scheduler see that if a deadline has come, as its task does.
+    pub(super) fn advance(&mut self, duration: Duration) {
+        self.now += duration;
+        if self.scheduler.next_deadline().is_some_and(|deadline| deadline <= self.now) {
+            self.apply(Event::Tick);
+            self.pump();
+        }
+    }
+
+    /// Lets time pass without that the scheduler sees it before something else happens.
+    pub(super) fn oversleep(&mut self, duration: Duration) {
+        self.now += duration;
+    }
+
     pub(super) fn apply(&mut self, event: Event) {
         self.awake = true;
-        self.scheduler.apply(event, Instant::now());
+        self.scheduler.apply(event, self.now);
         self.scheduler.check_invariants();
     }
 
     /// Lets the scheduler see what readers have done, and sends the steps that are due.
     pub(super) fn pump(&mut self) {
-        while let Ok(event) = self.events.try_recv() {
+        while let Ok(mut event) = self.events.try_recv() {
+            if let Event::Submit(submission) = &mut event {
+                submission.submitted_at = self.now;
+            }
             self.apply(event);
         }
         if !std::mem::take(&mut self.awake) {
             return;
         }
-        while let Some(step) = self.scheduler.next_step(Instant::now()) {
+        while let Some(step) = self.scheduler.next_step(self.now) {
             self.scheduler.check_invariants();
             self.sent.push(step.clone());
             self.in_flight.push_back(step);

@@ -5,3 +5,4 @@ mod house;
 mod model_shard;
 mod promises;
 mod properties;
+mod standing;

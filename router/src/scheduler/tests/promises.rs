@@ -177,15 +177,15 @@ fn log_probabilities_of_a_prompt_are_given_once_though_it_is_computed_twice() {
 }
 
 #[test]
-fn requests_are_let_in_first_come_first_served() {
+fn a_request_that_does_not_fit_is_overtaken_by_one_that_does() {
     let mut house = House::new(Limits { num_blocks: 12, ..LIMITS });
-    // The second one does not fit beside the first; the third one would, and waits for its turn.
+    // The second one does not fit beside the first; the third one does.
     for request in [request(1, 20, 8), request(2, 36, 8), request(3, 4, 2)] {
         house.submit_one(request);
     }
     house.finish();
     let order = house.sent.iter().flat_map(|step| &step.admit).map(|new| new.request.prompt[0].0 / 1000);
-    assert_eq!(order.collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(order.collect::<Vec<_>>(), [1, 3, 2]);
 }
 
 #[test]

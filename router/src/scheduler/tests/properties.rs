@@ -6,6 +6,7 @@ use proto::units::TokenId;
 use super::house::{House, Reader, SAMPLING};
 use super::model_shard::{POISON, alone};
 use crate::scheduler::batch::Budget;
+use crate::scheduler::policy::Policy;
 use crate::scheduler::request::{CacheNamespace, Failure, Standing, TokenRequest};
 use crate::scheduler::state::{Event, Limits};
 
@@ -31,6 +32,7 @@ fn limits() -> impl Strategy<Value = Limits> {
             steps_in_flight,
             prefix_caching,
             max_sampled_tokens,
+            policy: Policy::DEFAULT,
         }
     })
 }

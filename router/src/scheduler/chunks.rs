@@ -1,0 +1,61 @@
+//! How prompts divide what a step may compute of them.
+
+/// Divides `budget` tokens among prompts of which `remaining` tokens are still to be computed, the one that goes first in
+/// front. Returns the tokens of each, in the same order.
+///
+/// Half is kept for the first, so that its prompt takes at most twice as many steps as it would alone. The rest goes to
+/// those of which the least is left, which gives the least mean time to the first token: a short prompt is through in a
+/// step or two though a book is being read beside it. (Equal parts would make all of them late.)
+pub(crate) fn divide(budget: usize, remaining: &[usize]) -> Vec<usize> {
+    let mut chunks = vec![0; remaining.len()];
+    let Some(first) = remaining.first() else { return chunks };
+    chunks[0] = budget.div_ceil(2).min(*first);
+    let mut left = budget - chunks[0];
+    let mut shortest = (0..remaining.len()).collect::<Vec<_>>();
+    shortest.sort_by_key(|&index| remaining[index] - chunks[index]);
+    for index in shortest {
+        let more = left.min(remaining[index] - chunks[index]);
+        chunks[index] += more;
+        left -= more;
+    }
+    chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn check(budget: usize, remaining: &[usize], expected: &[usize]) {
+        assert_eq!(divide(budget, remaining), expected, "{budget} among {remaining:?}");
+    }
+
+    #[test]
+    fn the_first_has_half_and_the_shortest_the_rest() {
+        check(16, &[], &[]);
+        check(16, &[100], &[16]);
+        check(16, &[100, 40, 5], &[8, 3, 5]);
+        check(16, &[100, 3], &[13, 3]);
+        check(16, &[2, 40, 30], &[2, 0, 14]);
+        check(16, &[2, 3, 4], &[2, 3, 4]);
+        check(16, &[100, 7, 7], &[8, 7, 1]);
+        check(16, &[12, 30], &[12, 4]);
+        check(1, &[100, 3], &[1, 0]);
+        check(0, &[100, 3], &[0, 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn all_is_given_where_it_is_wanted_and_the_first_gets_its_half(
+            budget in 0..5000_usize,
+            remaining in prop::collection::vec(1..3000_usize, 1..20),
+        ) {
+            let chunks = divide(budget, &remaining);
+            let wanted = remaining.iter().sum::<usize>();
+            prop_assert_eq!(chunks.iter().sum::<usize>(), budget.min(wanted));
+            prop_assert!(chunks.iter().zip(&remaining).all(|(chunk, remaining)| chunk <= remaining));
+            prop_assert!(chunks[0] >= remaining[0].min(budget.div_ceil(2)));
+        }
+    }
+}
