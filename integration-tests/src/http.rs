@@ -10,6 +10,15 @@ use serde_json::Value;
 /// For one answer, or one event: tiny models on a busy machine, and far from a hang.
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(2);
 
+/// Below the half minute after which the server closes a connection that is idle: a request must not meet the closing.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A client that keeps its connections for a while.
+pub fn client() -> reqwest::Client {
+    let builder = reqwest::Client::builder().pool_idle_timeout(IDLE_TIMEOUT);
+    builder.build().expect("a client without settings of its own")
+}
+
 /// A complete answer.
 #[derive(Debug, PartialEq)]
 pub struct Answer {

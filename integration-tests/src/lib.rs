@@ -11,6 +11,6 @@ pub mod python;
 mod stack;
 
 pub use executable::{Model, golden, lamplighter};
-pub use http::{Answer, EventStream};
+pub use http::{Answer, EventStream, client};
 pub use memory::Memory;
 pub use stack::Stack;

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::executable::{Model, lamplighter};
-use crate::http::{Answer, EventStream};
+use crate::http::{self, Answer, EventStream};
 use crate::memory::{self, Memory};
 
 /// For loading a tiny model on a busy machine.
@@ -45,7 +45,7 @@ impl Stack {
         let lines = Arc::default();
         collect_lines(child.stdout.take(), &lines);
         collect_lines(child.stderr.take(), &lines);
-        let mut stack = Self { child, lines, url: String::new(), client: reqwest::Client::new() };
+        let mut stack = Self { child, lines, url: String::new(), client: http::client() };
         stack.url = stack.until_ready().await;
         stack
     }

@@ -25,8 +25,8 @@ fn long_prompt() -> Value {
 struct Client(JoinHandle<()>);
 
 impl Client {
-    fn ask(stack: &Stack, body: Value) -> Self {
-        let request = reqwest::Client::new().post(format!("{}/v1/completions", stack.url())).json(&body);
+    fn ask(stack: &Stack, body: &Value) -> Self {
+        let request = reqwest::Client::new().post(format!("{}/v1/completions", stack.url())).json(body);
         Self(tokio::spawn(async move {
             // Whether it succeeds is not asked here: it is there to be left.
             if let Ok(response) = request.send().await {
@@ -56,9 +56,9 @@ async fn check_empty(stack: &Stack) {
 #[tokio::test]
 async fn a_request_that_waits_is_forgotten() {
     let stack = Stack::start(Model::Demo, &["--max-batch-size", "1"]).await;
-    let running = Client::ask(&stack, long("Once"));
+    let running = Client::ask(&stack, &long("Once"));
     stack.until_metric(RUNNING, |running| running >= 1.0).await;
-    let waiting = [Client::ask(&stack, long("There")), Client::ask(&stack, long("In"))];
+    let waiting = [Client::ask(&stack, &long("There")), Client::ask(&stack, &long("In"))];
     stack.until_metric(WAITING, |waiting| waiting >= 2.0).await;
     for client in waiting {
         client.leave().await;
@@ -74,7 +74,7 @@ async fn a_prompt_that_is_half_computed_is_dropped() {
     // A thousand steps, so that there is time to leave.
     let stack =
         Stack::start(Model::Demo, &["--max-batch-prefill-tokens", "2", "--steps-in-flight", "2"]).await;
-    let client = Client::ask(&stack, long_prompt());
+    let client = Client::ask(&stack, &long_prompt());
     stack.until_metric(BLOCKS, |blocks| blocks > 3.0).await;
     client.leave().await;
     stack.until_metric(BLOCKS, |blocks| blocks == 0.0).await;
@@ -88,7 +88,7 @@ async fn all_choices_of_a_request_are_dropped_while_they_are_generated() {
         let stack = Stack::start(Model::Demo, &["--steps-in-flight", depth]).await;
         let mut several = long("Once");
         several["n"] = json!(3);
-        let clients = [Client::ask(&stack, long("There")), Client::ask(&stack, several)];
+        let clients = [Client::ask(&stack, &long("There")), Client::ask(&stack, &several)];
         stack.until_metric(RUNNING, |running| running >= 4.0).await;
         stack.until_metric(GENERATED, |tokens| tokens > 20.0).await;
         for client in clients {
@@ -105,9 +105,9 @@ async fn a_preempted_request_is_forgotten() {
     // Both are let in, and only one can grow to its end.
     let flags = ["--max-batch-total-tokens", "1536", "--max-total-tokens", "1536", "--steps-in-flight", "2"];
     let stack = Stack::start(Model::Demo, &flags).await;
-    let older = Client::ask(&stack, long("Once"));
+    let older = Client::ask(&stack, &long("Once"));
     stack.until_metric(RUNNING, |running| running >= 1.0).await;
-    let younger = Client::ask(&stack, long("There"));
+    let younger = Client::ask(&stack, &long("There"));
     stack.until_metric(PREEMPTIONS, |preemptions| preemptions >= 1.0).await;
     stack.until_metric(WAITING, |waiting| waiting >= 1.0).await;
     younger.leave().await;

@@ -72,7 +72,7 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(url: &str, random: StdRng, tally: Arc<Tally>) -> Self {
-        Self { url: url.to_owned(), http: reqwest::Client::new(), random, tally }
+        Self { url: url.to_owned(), http: integration_tests::client(), random, tally }
     }
 
     /// Asks one thing after the other.

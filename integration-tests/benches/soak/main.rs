@@ -49,7 +49,7 @@ async fn soak(duration: Duration, seed: u64) -> anyhow::Result<()> {
     let flags = [
         ("--max-concurrent-requests", places.as_str()),
         // Room for a few long sequences: much is preempted and evicted.
-        ("--max-batch-total-tokens", "3072"),
+        ("--max-batch-total-tokens", "1280"),
         ("--max-total-tokens", "1024"),
         ("--max-batch-size", "12"),
         ("--max-batch-prefill-tokens", "128"),
