@@ -12,9 +12,10 @@ use std::arch::aarch64::{
     vcvt_high_f32_f16, vcvtq_f32_s32, vcvtq_s32_f32, vdivq_f32, vdup_lane_f32, vdupq_n_f32, vdupq_n_s32,
     vdupq_n_u32, vfmaq_f32, vget_high_f32, vget_lane_f32, vget_low_f16, vget_low_f32, vget_low_s8,
     vget_low_s16, vget_low_u16, vld1q_f32, vld1q_s8, vld1q_u16, vmovl_high_s8, vmovl_high_s16, vmovl_s8,
-    vmovl_s16, vmulq_f32, vorrq_u32, vreinterpretq_f16_u16, vreinterpretq_f32_s32, vreinterpretq_f32_u32,
-    vreinterpretq_u16_f16, vreinterpretq_u32_f32, vrndnq_f32, vshll_high_n_u16, vshll_n_u16, vshlq_n_s32,
-    vshrn_n_u32, vshrq_n_u32, vst1q_f32, vst1q_u16, vsubq_f32,
+    vmovl_s16, vmulq_f32, vorrq_u32, vreinterpretq_f16_u16, vreinterpretq_f32_f64, vreinterpretq_f32_s32,
+    vreinterpretq_f32_u32, vreinterpretq_f64_f32, vreinterpretq_u16_f16, vreinterpretq_u32_f32, vrndnq_f32,
+    vshll_high_n_u16, vshll_n_u16, vshlq_n_s32, vshrn_n_u32, vshrq_n_u32, vst1q_f32, vst1q_u16, vsubq_f32,
+    vtrn1q_f32, vtrn1q_f64, vtrn2q_f32, vtrn2q_f64,
 };
 use std::arch::asm;
 
@@ -102,6 +103,21 @@ unsafe fn round_four_to_bf16(v: float32x4_t) -> uint32x4_t {
     }
 }
 
+/// A square of four rows and four columns.
+#[inline(always)]
+unsafe fn transpose_four([a, b, c, d]: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    unsafe {
+        let (even_ab, odd_ab) = (vtrn1q_f32(a, b), vtrn2q_f32(a, b));
+        let (even_cd, odd_cd) = (vtrn1q_f32(c, d), vtrn2q_f32(c, d));
+        let pairs = |ab, cd| {
+            let (ab, cd) = (vreinterpretq_f64_f32(ab), vreinterpretq_f64_f32(cd));
+            [vreinterpretq_f32_f64(vtrn1q_f64(ab, cd)), vreinterpretq_f32_f64(vtrn2q_f64(ab, cd))]
+        };
+        let ([first, third], [second, fourth]) = (pairs(even_ab, even_cd), pairs(odd_ab, odd_cd));
+        [first, second, third, fourth]
+    }
+}
+
 #[derive(Clone, Copy)]
 pub(crate) struct Neon(());
 
@@ -156,6 +172,19 @@ impl Simd for Neon {
     #[inline(always)]
     fn mul_add(self, a: Quarters, b: Quarters, c: Quarters) -> Quarters {
         each_quarter!(vfmaq_f32(c, a, b))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Quarters; 16]) -> [Quarters; 16] {
+        let mut columns = rows;
+        for group in 0..4 {
+            for quarter in 0..4 {
+                let square: [float32x4_t; 4] = std::array::from_fn(|i| rows[4 * group + i][quarter]);
+                for (i, four) in unsafe { transpose_four(square) }.into_iter().enumerate() {
+                    columns[4 * quarter + i][group] = four;
+                }
+            }
+        }
+        columns
     }
     #[inline(always)]
     fn round(self, a: Quarters) -> Quarters {
@@ -331,6 +360,17 @@ mod tests {
         for n in -126..=127_i16 {
             let powers = lanes(neon(), neon().exp2_of_integer(neon().splat(f32::from(n))));
             assert_eq!(bits(powers), bits([2.0_f32.powi(i32::from(n)); LANES]), "2^{n}");
+        }
+    }
+
+    #[test]
+    fn a_transposed_square_has_its_columns_as_rows() {
+        let rows: [[f32; LANES]; LANES] =
+            std::array::from_fn(|row| std::array::from_fn(|lane| (100 * row + lane) as f32));
+        // SAFETY: the rows have `LANES` elements.
+        let columns = neon().transpose(rows.map(|row| unsafe { neon().load(row.as_ptr()) }));
+        for (i, column) in columns.into_iter().enumerate() {
+            assert_eq!(bits(lanes(neon(), column)), bits(rows.map(|row| row[i])), "column {i}");
         }
     }
 
