@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-scheduler soak toolchain
+.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-scheduler check-memory soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -67,14 +67,21 @@ bench-peers: ## Install the other programs that `make bench` measures: llama.cpp
 	integration-tests/reference/setup_llama_cpp.sh
 	integration-tests/reference/setup.sh
 
-bench-kernels: toolchain ## Measure the matrix products against the machine's limits (threads: make bench-kernels ARGS=1)
-	$(CARGO) bench --profile release --locked --workspace --bench linear -- $(ARGS)
+bench-kernels: toolchain ## Measure matrix products and attention against the machine's limits (threads: make bench-kernels ARGS=1)
+	$(CARGO) bench --profile release --locked --workspace --bench linear --bench attention -- $(ARGS)
 
 bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 0.5b 1b")
 	$(CARGO) bench --profile release --locked --workspace --bench serving -- $(ARGS)
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)
+
+# Valgrind knows AVX2 but not AVX-512, so that is what the kernels choose. Slow: a case of each operation, and the pool.
+check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valgrind
+	@command -v valgrind >/dev/null || { echo "valgrind is not installed (Debian: apt install valgrind)." >&2; exit 1; }
+	$(CARGO) test $(CARGO_FLAGS) --workspace --test shapes --no-run
+	FUZZ_CASES=3 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=1" \
+	  $(CARGO) test $(CARGO_FLAGS) --workspace --test shapes
 
 soak: build ## Random load with random disconnects for some minutes: memory, blocks, ends (make soak ARGS="10")
 	$(CARGO) bench --profile release --locked --workspace --bench soak -- $(ARGS)

@@ -84,6 +84,24 @@ unsafe impl Sync for Storage {}
 /// Of owned memory, in bytes: a cache line, and the widest vector.
 const ALIGNMENT: usize = 64;
 
+/// Bytes from which memory is asked for in huge pages: what lies in small pages costs a table walk for each KV block,
+/// what is asked for in huge ones up to one of them more than is used.
+const HUGE_PAGES_FROM: usize = 16 << 20;
+
+/// Advice that the system may not follow: where huge pages are switched off, all works as before, only slower.
+#[cfg(target_os = "linux")]
+fn ask_for_huge_pages(ptr: *mut u8, size: usize) {
+    const PAGE: usize = 4096;
+    let offset = ptr.align_offset(PAGE);
+    if offset < size {
+        // SAFETY: the range lies within an allocation; the advice changes neither its contents nor who owns it.
+        unsafe { libc::madvise(ptr.add(offset).cast(), (size - offset) & !(PAGE - 1), libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ask_for_huge_pages(_: *mut u8, _: usize) {}
+
 impl Storage {
     /// Asks for an alignment that `malloc` gives anyway and aligns by hand. For more, Rust's allocator would write the
     /// zeros itself, and a KV cache would take its memory at once instead of when blocks are first used.
@@ -97,6 +115,9 @@ impl Storage {
         }
         // SAFETY: an offset below `ALIGNMENT` leaves `size` bytes behind it.
         let ptr = unsafe { base.add(base.align_offset(ALIGNMENT)) };
+        if size >= HUGE_PAGES_FROM {
+            ask_for_huge_pages(ptr, size);
+        }
         Storage::Owned { ptr, size, base, layout }
     }
     fn ptr(&self) -> *const u8 {

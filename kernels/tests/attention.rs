@@ -17,6 +17,27 @@ struct Shape {
     block_size: usize,
 }
 
+/// What is done to scores, for all shapes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Features {
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    alibi: bool,
+    sinks: bool,
+}
+
+impl Features {
+    fn window(window: Option<usize>) -> Self {
+        Self { window, ..Self::default() }
+    }
+    fn slope(head: usize) -> f32 {
+        0.5_f32.powi(head as i32 % 7 + 1)
+    }
+    fn sink(head: usize) -> f32 {
+        head as f32 * 0.7 - 1.0
+    }
+}
+
 /// Sequences whose keys and values lie in a cache, in blocks in no order.
 struct Cached {
     shape: Shape,
@@ -61,7 +82,7 @@ impl Cached {
 
     /// Attention for the positions `parts[i] = (sequence, start, end)` as one flat batch; later positions are in the
     /// cache, but not yet part of the sequence.
-    fn run(&self, context: &Context, parts: &[(usize, usize, usize)], window: Option<usize>) -> Vec<f32> {
+    fn run(&self, context: &Context, parts: &[(usize, usize, usize)], features: Features) -> Vec<f32> {
         let cols = self.sequences[0][0].cols();
         let mut query = Vec::new();
         let (mut starts, mut kv_lens, mut tables) = (vec![0], Vec::new(), Vec::new());
@@ -80,7 +101,16 @@ impl Cached {
             block_tables: &tables,
             max_blocks: self.max_blocks,
         };
-        let params = AttentionParams { scale: self.scale() as f32, window };
+        let heads = cols / self.shape.head_dim;
+        let slopes: Vec<f32> = (0..heads).map(Features::slope).collect();
+        let sinks: Vec<f32> = (0..heads).map(Features::sink).collect();
+        let params = AttentionParams {
+            scale: self.scale() as f32,
+            window: features.window,
+            soft_cap: features.soft_cap,
+            alibi_slopes: features.alibi.then_some(&slopes),
+            sinks: features.sinks.then_some(&sinks),
+        };
         paged_attention(context, query.view(), &self.cache, &batch, params, out.view_mut())
             .expect("shapes fit");
         out.as_slice().to_vec()
@@ -91,7 +121,7 @@ impl Cached {
         3.0 / (self.shape.head_dim as f64).sqrt()
     }
 
-    fn reference(&self, dtype: DType, sequence: usize, position: usize, window: Option<usize>) -> Vec<f64> {
+    fn reference(&self, dtype: DType, sequence: usize, position: usize, features: Features) -> Vec<f64> {
         let Shape { kv_heads, group, head_dim, .. } = self.shape;
         let [query, keys, values] = &self.sequences[sequence];
         let [keys, values] = [keys, values].map(|tensor| tensor.to_dtype(dtype).expect("a float type"));
@@ -100,7 +130,7 @@ impl Cached {
                 tensor.view().narrow_cols(head * head_dim, head_dim).row_f32(row).expect("a float type");
             row.into_iter().map(f64::from).collect()
         };
-        let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = features.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let mut out = Vec::new();
         for head in 0..kv_heads * group {
             let q: Vec<f64> = query.view().row::<f32>(position)[head * head_dim..][..head_dim]
@@ -110,13 +140,18 @@ impl Cached {
                 .collect();
             let scores: Vec<f64> = (first..=position)
                 .map(|p| {
-                    q.iter().zip(rounded(&keys, p, head / group)).map(|(q, k)| q * k).sum::<f64>()
-                        * self.scale()
+                    let products = q.iter().zip(rounded(&keys, p, head / group)).map(|(q, k)| q * k);
+                    let score = products.sum::<f64>() * self.scale();
+                    let capped =
+                        features.soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
+                    let distance = p as f64 - position as f64;
+                    capped + if features.alibi { f64::from(Features::slope(head)) * distance } else { 0.0 }
                 })
                 .collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sink = if features.sinks { f64::from(Features::sink(head)) } else { f64::NEG_INFINITY };
+            let max = scores.iter().copied().fold(sink, f64::max);
             let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-            let total: f64 = weights.iter().sum();
+            let total: f64 = weights.iter().sum::<f64>() + (sink - max).exp();
             let mut sum = vec![0.0; head_dim];
             for (p, weight) in (first..=position).zip(weights) {
                 let value = rounded(&values, p, head / group);
@@ -143,17 +178,50 @@ fn decode_rows_and_chunks_match_the_reference_at_every_level() {
     let contexts = levels();
     for (shape, dtype) in SHAPES.into_iter().flat_map(|shape| FLOATS.map(|dtype| (shape, dtype))) {
         let cached = Cached::new(&contexts[0], &mut rng, shape, dtype, &[37, 3, 50]);
-        for window in [None, Some(1), Some(9), Some(1000)] {
+        let windows = [None, Some(1), Some(9), Some(1000)].map(Features::window);
+        let changed = [
+            Features { soft_cap: Some(2.5), ..Features::default() },
+            Features { alibi: true, ..Features::default() },
+            Features { sinks: true, ..Features::default() },
+            Features { window: Some(9), soft_cap: Some(2.5), alibi: true, sinks: true },
+        ];
+        for features in windows.into_iter().chain(changed) {
             let parts = [(0, 36, 37), (1, 0, 3), (2, 20, 30)];
             let want: Vec<f64> = parts
                 .iter()
                 .flat_map(|&(s, start, end)| (start..end).map(move |p| (s, p)))
-                .flat_map(|(s, p)| cached.reference(dtype, s, p, window))
+                .flat_map(|(s, p)| cached.reference(dtype, s, p, features))
                 .collect();
             for context in &contexts {
-                let got = cached.run(context, &parts, window);
+                let got = cached.run(context, &parts, features);
                 // Sums of at most 50 values below 1 with weights that add up to 1; exp is good to two units.
-                assert_close(&got, &want, 3e-6, &format!("window {window:?}, {dtype:?}"));
+                assert_close(&got, &want, 3e-6, &format!("{features:?}, {dtype:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sequences_are_cut_at_the_same_places_by_any_threads_and_any_chunks() {
+    let shape = Shape { kv_heads: 2, group: 2, head_dim: 40, block_size: 32 };
+    let cols = shape.kv_heads * shape.group * shape.head_dim;
+    let contexts: Vec<Context> = [1, 2, 3, 8].map(Context::cpu).into_iter().collect();
+    let len = 2500;
+    let cached = Cached::new(&contexts[0], &mut rng(6), shape, DType::BF16, &[len, 700]);
+    let all = Features { window: Some(1400), soft_cap: Some(4.0), alibi: true, sinks: true };
+    for features in [Features::default(), Features::window(Some(1400)), all] {
+        let want = cached.reference(DType::BF16, 0, len - 1, features);
+        let alone = cached.run(&contexts[0], &[(0, len - 1, len)], features);
+        // The weights add up to 1, and merging rounds a few times more.
+        assert_close(&alone, &want, 5e-6, &format!("{features:?}"));
+        for context in &contexts {
+            let again = cached.run(context, &[(0, len - 1, len)], features);
+            assert_same_bits(&again, &alone, "decode row");
+            let beside = cached.run(context, &[(1, 690, 691), (0, len - 1, len), (1, 0, 70)], features);
+            assert_same_bits(&beside[cols..2 * cols], &alone, "decode row in company");
+            for start in [len - 3, len - 20, len - 100, 1000] {
+                let chunk = cached.run(context, &[(0, start, len)], features);
+                assert_same_bits(&chunk[chunk.len() - cols..], &alone, "last row of a chunk");
             }
         }
     }
@@ -167,14 +235,14 @@ fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads(
         for dtype in FLOATS {
             let cached = Cached::new(&contexts[0], &mut rng, shape, dtype, &[150, 61]);
             let cols = shape.kv_heads * shape.group * shape.head_dim;
-            for window in [None, Some(23)] {
-                let whole = cached.run(&contexts[0], &[(0, 0, 150)], window);
+            for features in [None, Some(23)].map(Features::window) {
+                let whole = cached.run(&contexts[0], &[(0, 0, 150)], features);
                 for context in &contexts {
                     let mut start = 0;
                     while start < 150 {
                         let end = 150.min(start + rng.random_range(1..40));
                         let at = rng.random_range(0..60);
-                        let got = cached.run(context, &[(1, at, at + 1), (0, start, end)], window);
+                        let got = cached.run(context, &[(1, at, at + 1), (0, start, end)], features);
                         assert_same_bits(&got[cols..], &whole[start * cols..end * cols], "chunk");
                         start = end;
                     }
@@ -192,7 +260,7 @@ fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other() {
     let poison = Tensor::from_slice(&[f32::NAN; 32], 1, 32);
     let slot = cached.tables[0][1] * 16 + 4;
     write_kv(&context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
-    let got = cached.run(&context, &[(0, 0, 40)], Some(6));
+    let got = cached.run(&context, &[(0, 0, 40)], Features::window(Some(6)));
     for (row, out) in got.chunks(64).enumerate() {
         assert!(out.iter().all(|value| value.is_nan() == (20..26).contains(&row)), "row {row}");
     }
@@ -238,7 +306,7 @@ fn check_rounding(
             block_tables: &table,
             max_blocks: 4,
         };
-        let params = AttentionParams { scale: 1.0, window: Some(1) };
+        let params = AttentionParams { window: Some(1), ..AttentionParams::new(1.0) };
         paged_attention(context, query.view(), layer, &batch, params, out.view_mut()).expect("shapes fit");
         for (&got, &value) in out.as_slice::<f32>().iter().zip(data.view().row::<f32>(row)) {
             let want = rounded(value);
@@ -260,7 +328,7 @@ fn operands_that_do_not_fit_are_refused() {
         block_tables: &[0, 1, 3, 0],
         max_blocks: 2,
     };
-    let params = AttentionParams { scale: 1.0, window: None };
+    let params = AttentionParams::new(1.0);
     let mut attend = |query: &Tensor, batch: AttentionBatch<'_>| {
         paged_attention(&context, query.view(), &cache, &batch, params, out.view_mut())
     };
@@ -282,9 +350,16 @@ fn operands_that_do_not_fit_are_refused() {
     }
     let half = Tensor::zeros(3, 32, DType::F16);
     assert!(matches!(attend(&half, batch), Err(Error::DType { .. })));
-    let blind = AttentionParams { window: Some(0), ..params };
-    let outcome = paged_attention(&context, good.view(), &cache, &batch, blind, out.view_mut());
-    assert!(matches!(outcome, Err(Error::Shape { .. })));
+    for bad in [
+        AttentionParams { window: Some(0), ..params },
+        AttentionParams { soft_cap: Some(0.0), ..params },
+        AttentionParams { soft_cap: Some(f32::NAN), ..params },
+        AttentionParams { alibi_slopes: Some(&[1.0; 3]), ..params },
+        AttentionParams { sinks: Some(&[1.0; 5]), ..params },
+    ] {
+        let outcome = paged_attention(&context, good.view(), &cache, &batch, bad, out.view_mut());
+        assert!(matches!(outcome, Err(Error::Shape { .. })));
+    }
     let kv = Tensor::zeros(2, 16, DType::F32);
     let mut write =
         |keys: &Tensor, slots: &[u32]| write_kv(&context, keys.view(), kv.view(), slots, &mut cache);

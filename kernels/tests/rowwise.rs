@@ -4,7 +4,10 @@ mod common;
 
 use candle_core::{D, Device};
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
-use kernels::ops::{activation, embedding, norm, rotary};
+use kernels::ops::activation::{self, Activation};
+use kernels::ops::norm::LayerNormWeights;
+use kernels::ops::rotary::{RotaryPairs, RotaryTables};
+use kernels::ops::{embedding, norm, rotary};
 use kernels::{Context, DType, Error, Tensor, View};
 
 /// Widths with and without a tail.
@@ -83,6 +86,97 @@ fn silu_mul_matches_the_reference_and_candle() {
     }
 }
 
+/// The error function by its series, exact to f64 for the arguments here.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+#[test]
+fn layer_norm_matches_the_reference_with_and_without_bias_and_sum() {
+    let mut rng = rng(10);
+    for context in levels() {
+        for cols in WIDTHS {
+            let (x, residual) =
+                (tensor(&mut rng, 3, cols, DType::F32), tensor(&mut rng, 3, cols, DType::F32));
+            let (weight, bias) =
+                (tensor(&mut rng, 1, cols, DType::F32), tensor(&mut rng, 1, cols, DType::F32));
+            let reference = |x: &[f32], bias: Option<&Tensor>| -> Vec<f64> {
+                let x = as_f64(x);
+                let mean = x.iter().sum::<f64>() / cols as f64;
+                let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / cols as f64;
+                let scale = 1.0 / (variance + f64::from(EPS)).sqrt();
+                let bias = bias.map_or(vec![0.0; cols], |bias| as_f64(bias.as_slice()));
+                let weight = as_f64(weight.as_slice());
+                x.iter().zip(weight.iter().zip(bias)).map(|(x, (w, b))| (x - mean) * scale * w + b).collect()
+            };
+            // A value is at most sqrt(cols), and 1 / sqrt(eps) = 316 times the mean's rounding where all are equal.
+            let tolerance = 40.0 * f64::from(f32::EPSILON) * (cols as f64).sqrt();
+            for bias in [None, Some(&bias)] {
+                let weights = LayerNormWeights { weight: &weight, bias, eps: EPS };
+                let mut out = Tensor::zeros(3, cols, DType::F32);
+                norm::layer_norm(&context, x.view(), weights, out.view_mut()).expect("shapes fit");
+                let want: Vec<f64> =
+                    x.as_slice::<f32>().chunks(cols).flat_map(|x| reference(x, bias)).collect();
+                assert_close(out.as_slice(), &want, tolerance, "layer_norm");
+
+                let mut sum = Tensor::from_slice(residual.as_slice::<f32>(), 3, cols);
+                norm::add_layer_norm(&context, sum.view_mut(), x.view(), weights, out.view_mut())
+                    .expect("shapes fit");
+                let added = residual.as_slice::<f32>().iter().zip(x.as_slice::<f32>()).map(|(r, x)| r + x);
+                assert_same_bits(sum.as_slice(), &added.collect::<Vec<f32>>(), "residual");
+                let want: Vec<f64> =
+                    sum.as_slice::<f32>().chunks(cols).flat_map(|x| reference(x, bias)).collect();
+                assert_close(out.as_slice(), &want, tolerance, "add_layer_norm");
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_match_their_definitions_plain_and_gated() {
+    let definitions: [(Activation, fn(f64) -> f64); 5] = [
+        (Activation::Silu, |x| x / (1.0 + (-x).exp())),
+        (Activation::Gelu, |x| x * (1.0 + erf(x / 2.0_f64.sqrt())) / 2.0),
+        (Activation::GeluTanh, |x| {
+            x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh()) / 2.0
+        }),
+        (Activation::Relu, |x| x.max(0.0)),
+        (Activation::SquaredRelu, |x| x.max(0.0).powi(2)),
+    ];
+    let mut rng = rng(9);
+    for context in levels() {
+        for ((activation, definition), cols) in
+            definitions.into_iter().flat_map(|definition| WIDTHS.map(|cols| (definition, cols)))
+        {
+            let x: Vec<f32> = uniform(&mut rng, 3 * 2 * cols).iter().map(|v| v * 6.0).collect();
+            let wide = View::from_slice(&x, 3, 2 * cols);
+            let mut out = Tensor::zeros(3, 2 * cols, DType::F32);
+            activation::activate(&context, activation, wide, out.view_mut()).expect("shapes fit");
+            let want: Vec<f64> = x.iter().map(|&x| definition(f64::from(x))).collect();
+            // Values up to 36; functions of -1 to 1 are good to a few units of 2^-24, and are multiplied by up to 6.
+            assert_close(out.as_slice(), &want, 36.0 * 2e-7, &format!("{activation:?}"));
+
+            let mut out = Tensor::zeros(3, cols, DType::F32);
+            activation::gated(&context, activation, wide, out.view_mut()).expect("shapes fit");
+            let gated = x.chunks(2 * cols).zip(want.chunks(2 * cols));
+            let want: Vec<f64> = gated
+                .flat_map(|(x, activated)| {
+                    x[cols..].iter().zip(&activated[..cols]).map(|(&up, gate)| f64::from(up) * gate)
+                })
+                .collect();
+            assert_close(out.as_slice(), &want, 6.0 * 36.0 * 2e-7, &format!("gated {activation:?}"));
+        }
+    }
+}
+
 #[test]
 fn add_sums_strided_rows() {
     let mut rng = rng(3);
@@ -112,16 +206,26 @@ fn rotary_turns_pairs_by_their_angle_and_leaves_the_rest() {
             let before = uniform(&mut rng, rows * heads * head_dim);
             let mut x = Tensor::from_slice(&before, rows, heads * head_dim);
             let ids = View::from_slice(&positions, 1, rows);
-            rotary::rotary(&context, x.view_mut(), head_dim, ids, &table(f64::cos), &table(f64::sin))
-                .expect("shapes fit");
+            let (cos, sin) = (table(f64::cos), table(f64::sin));
+            let mut adjacent = Tensor::from_slice(&before, rows, heads * head_dim);
+            for (x, pairs) in [(&mut x, RotaryPairs::HalfApart), (&mut adjacent, RotaryPairs::Adjacent)] {
+                let tables = RotaryTables { cos: &cos, sin: &sin, pairs };
+                rotary::rotary(&context, x.view_mut(), head_dim, ids, tables).expect("shapes fit");
+            }
             let mut want = as_f64(&before);
-            for (i, head) in want.chunks_mut(head_dim).enumerate() {
+            let mut want_adjacent = want.clone();
+            for i in 0..rows * heads {
                 for pair in 0..half {
                     let (sin, cos) = angles[positions[i / heads] as usize * half + pair].sin_cos();
-                    let (a, b) = (head[pair], head[half + pair]);
-                    (head[pair], head[half + pair]) = (a * cos - b * sin, b * cos + a * sin);
+                    let turn = |head: &mut [f64], first: usize, second: usize| {
+                        let (a, b) = (head[first], head[second]);
+                        (head[first], head[second]) = (a * cos - b * sin, b * cos + a * sin);
+                    };
+                    turn(&mut want[i * head_dim..], pair, half + pair);
+                    turn(&mut want_adjacent[i * head_dim..], 2 * pair, 2 * pair + 1);
                 }
             }
+            assert_close(adjacent.as_slice(), &want_adjacent, 4.0 * f64::from(f32::EPSILON), "adjacent");
             assert_close(x.as_slice(), &want, 4.0 * f64::from(f32::EPSILON), "rotary");
         }
     }
@@ -222,6 +326,10 @@ fn candle_normalizes_alike() {
     assert_close(out.as_slice(), &as_f64(&want.expect("values")), 1e-5, "candle");
 }
 
+fn tables<'a>(cos: &'a Tensor, sin: &'a Tensor) -> RotaryTables<'a> {
+    RotaryTables { cos, sin, pairs: RotaryPairs::HalfApart }
+}
+
 #[test]
 fn operands_that_do_not_fit_are_refused() {
     let context = Context::cpu(1);
@@ -231,19 +339,23 @@ fn operands_that_do_not_fit_are_refused() {
     let pair = View::from_slice(&ids, 1, 2);
     let one = View::from_slice(&ids[..1], 1, 1);
     let mut out = zeros(2, 8);
+    let narrow = zeros(1, 7);
+    let bad_bias = LayerNormWeights { weight: &weight, bias: Some(&narrow), eps: EPS };
     let shape_errors = [
+        norm::layer_norm(&context, x.view(), bad_bias, out.view_mut()),
         norm::rms_norm(&context, x.view(), &zeros(1, 7), EPS, out.view_mut()),
         norm::rms_norm(&context, x.view(), &zeros(2, 8), EPS, out.view_mut()),
         norm::rms_norm(&context, zeros(3, 8).view(), &weight, EPS, out.view_mut()),
         norm::add_rms_norm(&context, zeros(2, 7).view_mut(), x.view(), &weight, EPS, out.view_mut()),
         norm::rms_norm_heads(&context, out.view_mut(), &zeros(1, 3), EPS),
         activation::silu_mul(&context, x.view(), out.view_mut()),
+        activation::activate(&context, Activation::Gelu, zeros(2, 7).view(), out.view_mut()),
         activation::add(&context, out.view_mut(), zeros(2, 9).view()),
-        rotary::rotary(&context, out.view_mut(), 4, pair, &zeros(9, 2), &zeros(9, 2)),
-        rotary::rotary(&context, out.view_mut(), 4, pair, &zeros(10, 3), &zeros(10, 3)),
-        rotary::rotary(&context, out.view_mut(), 4, pair, &zeros(10, 2), &zeros(9, 2)),
-        rotary::rotary(&context, out.view_mut(), 3, pair, &zeros(10, 1), &zeros(10, 1)),
-        rotary::rotary(&context, out.view_mut(), 4, one, &zeros(10, 2), &zeros(10, 2)),
+        rotary::rotary(&context, out.view_mut(), 4, pair, tables(&zeros(9, 2), &zeros(9, 2))),
+        rotary::rotary(&context, out.view_mut(), 4, pair, tables(&zeros(10, 3), &zeros(10, 3))),
+        rotary::rotary(&context, out.view_mut(), 4, pair, tables(&zeros(10, 2), &zeros(9, 2))),
+        rotary::rotary(&context, out.view_mut(), 3, pair, tables(&zeros(10, 1), &zeros(10, 1))),
+        rotary::rotary(&context, out.view_mut(), 4, one, tables(&zeros(10, 2), &zeros(10, 2))),
         embedding::embedding(&context, one, &x, 0, out.view_mut()),
         embedding::embedding(&context, pair, &zeros(2, 7), 0, out.view_mut()),
         embedding::gather_rows(&context, x.view(), pair, out.view_mut()),

@@ -1,47 +1,25 @@
 //! Attention over paged keys and values (Kwon et al. 2023, "PagedAttention", arXiv:2309.06180).
 
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use half::{bf16, f16};
 
 use super::operands::{
     SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, unsupported_float,
 };
-use crate::simd::{Float, Kernel, Simd, spans};
-use crate::{Context, DType, Result, Tensor, View, ViewMut};
+use crate::simd::{Float, LANES, Lanes};
+use crate::{Context, DType, Result, View, ViewMut};
 
-mod online_softmax;
+mod cache;
+mod products;
+mod state;
+mod tile;
 
-/// Keys and values of one layer, `[num_blocks, kv_heads, block_size, head_dim]` each, in f32, f16 or bf16: one block of
-/// one head is contiguous.
-pub struct KvLayer {
-    keys: Tensor,
-    values: Tensor,
-    kv_heads: usize,
-    block_size: usize,
-    head_dim: usize,
-}
+pub use cache::{KvLayer, write_kv};
 
-impl KvLayer {
-    /// Zeroed; the system gives pages when they are first written.
-    ///
-    /// # Panics
-    /// Where a block would be empty.
-    pub fn new(num_blocks: usize, kv_heads: usize, block_size: usize, head_dim: usize, dtype: DType) -> Self {
-        assert!(kv_heads > 0 && block_size > 0 && head_dim > 0, "empty blocks");
-        let zeros = || Tensor::zeros(num_blocks * kv_heads * block_size, head_dim, dtype);
-        Self { keys: zeros(), values: zeros(), kv_heads, block_size, head_dim }
-    }
-    /// Bytes of keys and values.
-    pub fn size_in_bytes(&self) -> usize {
-        self.keys.size_in_bytes() + self.values.size_in_bytes()
-    }
-    /// Tokens in a block.
-    pub fn block_size(&self) -> usize {
-        self.block_size
-    }
-    fn num_blocks(&self) -> usize {
-        self.keys.rows() / (self.kv_heads * self.block_size)
-    }
-}
+use tile::{MAX_QUERIES, Merge, Output, Splits, Tile, Whole};
 
 /// Where the sequences of a flat batch lie. Sequence `s` owns query rows `query_starts[s] .. query_starts[s + 1]`; the
 /// last of them is position `kv_lens[s] - 1`, and each row attends to all positions up to its own.
@@ -57,119 +35,56 @@ pub struct AttentionBatch<'a> {
     pub max_blocks: usize,
 }
 
-/// How scores are made.
+/// How scores are made: the product of query and key times `scale`, then the soft cap, then the ALiBi bias.
 #[derive(Clone, Copy)]
-pub struct AttentionParams {
+pub struct AttentionParams<'a> {
     /// Multiplies the dot products.
     pub scale: f32,
     /// A row attends to the last `window` positions only, its own included; at least 1.
     pub window: Option<usize>,
+    /// A score becomes `cap * tanh(score / cap)`; positive (Gemma Team 2024, "Gemma 2", arXiv:2408.00118).
+    pub soft_cap: Option<f32>,
+    /// `[heads]`: slope times (key's position - query's position) is added (Press et al. 2021, "ALiBi",
+    /// arXiv:2108.12409).
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// `[heads]`: a score that takes its part of the softmax and gives no value (Xiao et al. 2023, arXiv:2309.17453; as
+    /// learned numbers in gpt-oss).
+    pub sinks: Option<&'a [f32]>,
 }
 
-/// Writes keys and values of a flat batch to the cache, rounded to nearest. `keys`, `values`: f32
-/// `[rows, kv_heads * head_dim]`; `slots[i]` = block id * block size + place in the block.
-pub fn write_kv(
-    context: &Context,
-    keys: View<'_>,
-    values: View<'_>,
-    slots: &[u32],
-    cache: &mut KvLayer,
-) -> Result<()> {
-    const OP: &str = "write_kv";
-    let shape = (slots.len(), cache.kv_heads * cache.head_dim);
-    require_f32_matrix(OP, "keys", matrix(keys), shape)?;
-    require_f32_matrix(OP, "values", matrix(values), shape)?;
-    require_float(OP, cache.keys.dtype())?;
-    let num_slots = cache.num_blocks() * cache.block_size;
-    require(OP, slots.iter().all(|&slot| (slot as usize) < num_slots), || {
-        format!("a slot is beyond the {num_slots} of the cache: {slots:?}")
-    })?;
-    let (kv_heads, block_size) = (cache.kv_heads, cache.block_size);
-    for (source, target) in [(keys, cache.keys.view_mut()), (values, cache.values.view_mut())] {
-        let write = Write { source, slots, kv_heads, block_size };
-        match target.dtype() {
-            DType::F32 => context.level().run(WriteTo::<f32>(write, target.into_slice())),
-            DType::F16 => context.level().run(WriteTo::<f16>(write, target.into_slice())),
-            DType::BF16 => context.level().run(WriteTo::<bf16>(write, target.into_slice())),
-            dtype => return Err(unsupported_float(OP, dtype)),
-        }
-    }
-    Ok(())
-}
-
-struct Write<'a> {
-    source: View<'a>,
-    slots: &'a [u32],
-    kv_heads: usize,
-    block_size: usize,
-}
-
-struct WriteTo<'a, T>(Write<'a>, &'a mut [T]);
-
-impl<T: Float> Kernel for WriteTo<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self(Write { source, slots, kv_heads, block_size }, target) = self;
-        let head_dim = source.cols() / kv_heads;
-        for (row, &slot) in slots.iter().enumerate() {
-            let (block, place) = (slot as usize / block_size, slot as usize % block_size);
-            for (head, from) in source.row::<f32>(row).chunks_exact(head_dim).enumerate() {
-                let line = (block * kv_heads + head) * block_size + place;
-                let to = &mut target[line * head_dim..][..head_dim];
-                for (start, len) in spans(head_dim) {
-                    // SAFETY: a span lies within the `head_dim` elements of both.
-                    unsafe {
-                        let vector = f32::load_part(simd, from.as_ptr().add(start), len);
-                        T::store_part(simd, to.as_mut_ptr().add(start), len, vector);
-                    }
-                }
-            }
-        }
+impl AttentionParams<'_> {
+    /// Scaled products of all positions up to the row's own, and nothing else.
+    pub fn new(scale: f32) -> Self {
+        Self { scale, window: None, soft_cap: None, alibi_slopes: None, sinks: None }
     }
 }
 
 /// Causal attention of a flat batch of decode rows and prefill chunks over the cache (this step's keys and values must
 /// have been written). `query`, `out`: f32 `[rows, heads * head_dim]`, heads a multiple of the cache's kv heads.
 ///
-/// A row's result depends on its query, its position, the window and the cache's contents only, not on how a prompt is cut
-/// into chunks, on other rows, or on which blocks hold a sequence: blocks are taken in order, each as a whole.
+/// A row's result depends on its query, its position, the parameters and the cache's contents only, not on how a prompt is
+/// cut into chunks, on other rows, on the number of threads, or on which blocks hold a sequence: positions are cut at fixed
+/// places, and the parts are merged in order (as in Dao et al. 2023, "Flash-Decoding").
 pub fn paged_attention(
     context: &Context,
     query: View<'_>,
     cache: &KvLayer,
     batch: &AttentionBatch<'_>,
-    params: AttentionParams,
+    params: AttentionParams<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
     check(query, cache, batch, &out)?;
-    require("paged_attention", params.window != Some(0), || "a window of 0 positions".into())?;
+    check_params(query.cols() / cache.head_dim, &params)?;
     let attention = Attention { query, cache, batch, params, out: SharedRows::new(out) };
-    let group = query.cols() / (cache.kv_heads * cache.head_dim);
-    // A tile's rows read each block together; a decode row is a tile of its own.
-    let tile_rows = (online_softmax::MAX_QUERIES / group).max(1);
-    let tiles = |sequence: usize| {
-        let rows = batch.query_starts[sequence + 1] - batch.query_starts[sequence];
-        (rows as usize).div_ceil(tile_rows)
-    };
-    let num_sequences = batch.kv_lens.len();
-    let num_tasks = (0..num_sequences).map(tiles).sum::<usize>() * cache.kv_heads;
-    let run = |task: usize| {
-        let (mut tile, kv_head) = (task / cache.kv_heads, task % cache.kv_heads);
-        let mut sequence = 0;
-        while tile >= tiles(sequence) {
-            tile -= tiles(sequence);
-            sequence += 1;
+    PLAN.with_borrow_mut(|plan| {
+        attention.plan(context.num_threads(), plan);
+        let plan = &SharedPlan::new(plan);
+        if attention.is_small() {
+            (0..plan.num_tasks()).for_each(|task| attention.run(context, plan, task));
+        } else {
+            context.parallel_for(plan.num_tasks(), |task| attention.run(context, plan, task));
         }
-        let rows = batch.query_starts[sequence] as usize..batch.query_starts[sequence + 1] as usize;
-        let first = rows.start + tile * tile_rows;
-        let rows = Rows { sequence, first, len: tile_rows.min(rows.end - first), end: rows.end };
-        attention.run(context, rows, kv_head);
-    };
-    if attention.is_small() {
-        (0..num_tasks).for_each(run);
-    } else {
-        context.parallel_for(num_tasks, run);
-    }
+    });
     Ok(())
 }
 
@@ -220,12 +135,80 @@ fn check(query: View<'_>, cache: &KvLayer, batch: &AttentionBatch<'_>, out: &Vie
     Ok(())
 }
 
+fn check_params(num_heads: usize, params: &AttentionParams<'_>) -> Result<()> {
+    const OP: &str = "paged_attention";
+    require(OP, params.window != Some(0), || "a window of 0 positions".into())?;
+    require(OP, params.soft_cap.is_none_or(|cap| cap > 0.0), || {
+        format!("a soft cap of {:?}, expected a positive number", params.soft_cap)
+    })?;
+    for (name, values) in [("ALiBi slopes", params.alibi_slopes), ("sinks", params.sinks)] {
+        require(OP, values.is_none_or(|values| values.len() == num_heads), || {
+            format!("{} {name}, expected one for each of {num_heads} heads", values.map_or(0, <[f32]>::len))
+        })?;
+    }
+    Ok(())
+}
+
 struct Attention<'a> {
     query: View<'a>,
     cache: &'a KvLayer,
     batch: &'a AttentionBatch<'a>,
-    params: AttentionParams,
+    params: AttentionParams<'a>,
     out: SharedRows<'a>,
+}
+
+thread_local! {
+    /// Kept from call to call, so that a decode step allocates nothing.
+    static PLAN: RefCell<Plan> = RefCell::default();
+}
+
+/// How the work is cut into tasks.
+#[derive(Default)]
+struct Plan {
+    sequences: Vec<Planned>,
+    /// Of the sequences that are cut along their keys: `[sequences][kv heads, splits, queries, state]`.
+    states: Vec<Lanes>,
+    /// Of the same: `[sequences][kv heads]` parts that are not done. Whoever does the last merges all.
+    parts_left: Vec<AtomicU32>,
+}
+
+/// The tasks of one sequence: kv heads x tiles x parts.
+struct Planned {
+    first_task: usize,
+    /// Groups of rows.
+    tiles: usize,
+    /// Into which the splits of the one tile are dealt; 1 where there are more tiles.
+    parts: usize,
+    splits: Range<usize>,
+    /// In [`Plan::states`].
+    first_state: usize,
+    /// Of one split of one kv head.
+    states_len: usize,
+    /// In [`Plan::parts_left`].
+    first_left: usize,
+}
+
+/// A plan while its tasks run.
+struct SharedPlan<'a> {
+    sequences: &'a [Planned],
+    states: *mut Lanes,
+    parts_left: &'a [AtomicU32],
+}
+
+// SAFETY: tasks reach disjoint states: those of their own splits, or, of the last task of a kv head, all of that head, whose
+// other tasks are done.
+unsafe impl Sync for SharedPlan<'_> {}
+
+impl<'a> SharedPlan<'a> {
+    fn new(plan: &'a mut Plan) -> Self {
+        let Plan { sequences, states, parts_left } = plan;
+        Self { sequences, states: states.as_mut_ptr(), parts_left }
+    }
+
+    /// A last entry stands behind all sequences.
+    fn num_tasks(&self) -> usize {
+        self.sequences.last().map_or(0, |end| end.first_task)
+    }
 }
 
 /// Rows of a tile.
@@ -238,38 +221,159 @@ struct Rows {
     end: usize,
 }
 
-impl Attention<'_> {
+impl<'a> Attention<'a> {
+    fn group(&self) -> usize {
+        self.query.cols() / (self.cache.kv_heads * self.cache.head_dim)
+    }
+
+    /// A tile's rows read each block together.
+    fn tile_rows(&self) -> usize {
+        (MAX_QUERIES / self.group()).max(1)
+    }
+
+    fn num_rows(&self, sequence: usize) -> usize {
+        (self.batch.query_starts[sequence + 1] - self.batch.query_starts[sequence]) as usize
+    }
+
+    /// Pairs of rows and visible positions, about.
+    fn pairs(&self, sequence: usize) -> usize {
+        let len = self.batch.kv_lens[sequence] as usize;
+        self.num_rows(sequence) * self.params.window.map_or(len, |window| len.min(window))
+    }
+
     /// Whether waking another thread would take longer than the work.
     fn is_small(&self) -> bool {
         const MULTIPLY_ADDS: usize = 200_000;
-        let starts = self.batch.query_starts.windows(2);
-        let products: usize = starts
-            .zip(self.batch.kv_lens)
-            .map(|(rows, &len)| (rows[1] - rows[0]) as usize * len as usize)
-            .sum();
-        2 * products * self.query.cols() < MULTIPLY_ADDS
+        let pairs: usize = (0..self.batch.kv_lens.len()).map(|sequence| self.pairs(sequence)).sum();
+        2 * pairs * self.query.cols() < MULTIPLY_ADDS
     }
 
-    fn run(&self, context: &Context, rows: Rows, kv_head: usize) {
+    /// Cuts sequences of a single tile along their keys where tasks would be too few or too uneven for the threads.
+    fn plan(&self, num_threads: usize, plan: &mut Plan) {
+        const TASKS_PER_THREAD: usize = 8;
+        let kv_heads = self.cache.kv_heads;
+        let num_sequences = self.batch.kv_lens.len();
+        let pairs: usize = (0..num_sequences).map(|sequence| self.pairs(sequence)).sum();
+        let pairs_per_task = (kv_heads * pairs).div_ceil(num_threads * TASKS_PER_THREAD).max(1);
+        let (mut first_task, mut first_state, mut first_left) = (0, 0, 0);
+        plan.sequences.clear();
+        for sequence in 0..num_sequences {
+            let rows = self.num_rows(sequence);
+            let tiles = rows.div_ceil(self.tile_rows());
+            let splits = self.splits(sequence);
+            let parts = match tiles {
+                1 if num_threads > 1 => self.pairs(sequence).div_ceil(pairs_per_task).min(splits.len()),
+                _ => 1,
+            };
+            let states_len = rows * self.group() * state::len(self.cache.head_dim.div_ceil(LANES));
+            let planned = Planned { first_task, tiles, parts, splits, first_state, states_len, first_left };
+            first_task += kv_heads * tiles * parts;
+            if parts > 1 {
+                first_state += kv_heads * planned.splits.len() * states_len;
+                first_left += kv_heads;
+            }
+            plan.sequences.push(planned);
+        }
+        plan.sequences.push(Planned {
+            first_task,
+            tiles: 0,
+            parts: 1,
+            splits: 0..0,
+            first_state,
+            states_len: 0,
+            first_left,
+        });
+        if plan.states.len() < first_state {
+            plan.states.resize(first_state, Lanes::ZERO);
+        }
+        plan.parts_left.clear();
+        for planned in plan.sequences.iter().filter(|planned| planned.parts > 1) {
+            let count = || AtomicU32::new(planned.parts as u32);
+            plan.parts_left.extend(std::iter::repeat_with(count).take(kv_heads));
+        }
+    }
+
+    /// Splits that the rows of a sequence see.
+    fn splits(&self, sequence: usize) -> Range<usize> {
+        let (rows, len) = (self.num_rows(sequence), self.batch.kv_lens[sequence] as usize);
+        let first = self.params.window.map_or(0, |window| (len - rows + 1).saturating_sub(window));
+        let size = tile::split_positions(self.cache.block_size);
+        first / size..len.div_ceil(size)
+    }
+
+    fn run(&self, context: &Context, plan: &SharedPlan<'_>, task: usize) {
         match self.cache.keys.dtype() {
-            DType::F32 => context.level().run(self.tile::<f32>(rows, kv_head)),
-            DType::F16 => context.level().run(self.tile::<f16>(rows, kv_head)),
-            DType::BF16 => context.level().run(self.tile::<bf16>(rows, kv_head)),
+            DType::F32 => self.run_task::<f32>(context, plan, task),
+            DType::F16 => self.run_task::<f16>(context, plan, task),
+            DType::BF16 => self.run_task::<bf16>(context, plan, task),
             dtype => unreachable!("{}", unsupported_float("paged_attention", dtype)),
         }
     }
 
-    fn tile<T: Float>(&self, rows: Rows, kv_head: usize) -> online_softmax::Tile<'_, T> {
-        let KvLayer { kv_heads, block_size, head_dim, .. } = *self.cache;
-        let group = self.query.cols() / (kv_heads * head_dim);
-        let kv_len = self.batch.kv_lens[rows.sequence] as usize;
-        online_softmax::Tile {
-            query: self
-                .query
-                .narrow_rows(rows.first, rows.len)
-                .narrow_cols(kv_head * group * head_dim, group * head_dim),
+    fn run_task<T: Float>(&self, context: &Context, plan: &SharedPlan<'_>, task: usize) {
+        // The last that begins at or before the task: those without tasks begin where the next one does.
+        let sequence = plan.sequences.partition_point(|planned| planned.first_task <= task) - 1;
+        let planned = &plan.sequences[sequence];
+        let task = task - planned.first_task;
+        let (kv_head, task) = (task % self.cache.kv_heads, task / self.cache.kv_heads);
+        let end = self.batch.query_starts[sequence + 1] as usize;
+        let start = self.batch.query_starts[sequence] as usize;
+        if planned.parts > 1 {
+            let rows = Rows { sequence, first: start, len: end - start, end };
+            return self.run_part::<T>(context, plan, rows, kv_head, task);
+        }
+        // The last tile sees the most positions, so it comes first.
+        let first = start + (planned.tiles - 1 - task) * self.tile_rows();
+        let rows = Rows { sequence, first, len: self.tile_rows().min(end - first), end };
+        let output = self.output(rows, kv_head);
+        context.level().run(Whole { tile: self.tile::<T>(rows, kv_head), output });
+    }
+
+    /// Some of the splits of a sequence with a single tile.
+    fn run_part<T: Float>(
+        &self,
+        context: &Context,
+        plan: &SharedPlan<'_>,
+        rows: Rows,
+        kv_head: usize,
+        part: usize,
+    ) {
+        let planned = &plan.sequences[rows.sequence];
+        let (num_splits, states_len) = (planned.splits.len(), planned.states_len);
+        let first_state = planned.first_state + kv_head * num_splits * states_len;
+        let own = part * num_splits / planned.parts..(part + 1) * num_splits / planned.parts;
+        // SAFETY: `plan` has made room for the states of all splits; see also `SharedPlan`.
+        let states = |splits: Range<usize>| unsafe {
+            let first = plan.states.add(first_state + splits.start * states_len);
+            std::slice::from_raw_parts_mut(first, splits.len() * states_len)
+        };
+        let splits = planned.splits.start + own.start..planned.splits.start + own.end;
+        let tile = self.tile::<T>(rows, kv_head);
+        context.level().run(Splits { tile, states: states(own), range: splits });
+        // Release what was written here, acquire what the others wrote.
+        if plan.parts_left[planned.first_left + kv_head].fetch_sub(1, Ordering::AcqRel) == 1 {
+            let output = self.output(rows, kv_head);
+            context.level().run(Merge { states: states(0..num_splits), states_len, output });
+        }
+    }
+
+    fn output(&self, rows: Rows, kv_head: usize) -> Output<'a> {
+        let (group, head_dim) = (self.group(), self.cache.head_dim);
+        Output {
             out: self.out.at(rows.first, kv_head * group * head_dim),
             out_stride: self.out.row_stride(),
+            group,
+            head_dim,
+            sinks: self.params.sinks.map(|sinks| &sinks[kv_head * group..][..group]),
+        }
+    }
+
+    fn tile<T: Float>(&self, rows: Rows, kv_head: usize) -> Tile<'a, T> {
+        let KvLayer { kv_heads, block_size, head_dim, .. } = *self.cache;
+        let columns = self.group() * head_dim;
+        let kv_len = self.batch.kv_lens[rows.sequence] as usize;
+        Tile {
+            query: self.query.narrow_rows(rows.first, rows.len).narrow_cols(kv_head * columns, columns),
             first_position: kv_len - (rows.end - rows.first),
             keys: self.cache.keys.as_slice::<T>(),
             values: self.cache.values.as_slice::<T>(),

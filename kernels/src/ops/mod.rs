@@ -6,6 +6,8 @@ pub mod activation;
 pub mod attention;
 pub mod embedding;
 pub mod linear;
+pub mod logits;
+pub mod moe;
 pub mod norm;
 pub(crate) mod operands;
 pub mod rotary;

@@ -1,4 +1,5 @@
-//! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
+//! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467) and layer normalization (Ba et al. 2016,
+//! arXiv:1607.06450).
 
 use super::operands::{SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix};
 use crate::simd::{Float, Kernel, Simd, spans};
@@ -63,6 +64,105 @@ pub fn rms_norm_heads(context: &Context, x: ViewMut<'_>, weight: &Tensor, eps: f
         }
     });
     Ok(())
+}
+
+/// What layer normalization learns: each f32 `[1, cols]`.
+#[derive(Clone, Copy)]
+pub struct LayerNormWeights<'a> {
+    /// Multiplies the normalized row.
+    pub weight: &'a Tensor,
+    /// Is added then.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+/// `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, row by row. `x`, `out`: f32 `[rows, cols]`.
+pub fn layer_norm(
+    context: &Context,
+    x: View<'_>,
+    weights: LayerNormWeights<'_>,
+    out: ViewMut<'_>,
+) -> Result<()> {
+    const OP: &str = "layer_norm";
+    let (rows, cols) = (x.rows(), x.cols());
+    require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
+    let LayerNormWeights { weight, bias, eps } = weights;
+    let weight = f32_vector(OP, "weight", weight, cols)?;
+    let bias = bias.map(|bias| f32_vector(OP, "bias", bias, cols)).transpose()?;
+    let out = SharedRows::new(out);
+    context.for_rows(rows, 2 * cols, |row| {
+        // SAFETY: each task has rows of its own.
+        let out = unsafe { out.row(row) };
+        context.level().run(Standardize { x: x.row(row), weight, bias, eps, out });
+    });
+    Ok(())
+}
+
+/// `residual += x; out = layer_norm(residual)`. All f32 `[rows, cols]`.
+pub fn add_layer_norm(
+    context: &Context,
+    mut residual: ViewMut<'_>,
+    x: View<'_>,
+    weights: LayerNormWeights<'_>,
+    out: ViewMut<'_>,
+) -> Result<()> {
+    super::activation::add(context, residual.reborrow(), x)?;
+    layer_norm(context, residual.as_view(), weights, out)
+}
+
+/// One row; all have one length.
+struct Standardize<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Standardize<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { x, weight, bias, eps, out } = self;
+        let len = x.len();
+        let same = weight.len() == len && out.len() == len && bias.is_none_or(|bias| bias.len() == len);
+        assert!(same, "checked by the operation");
+        let mut sum = simd.splat(0.0);
+        for (start, len) in spans(len) {
+            // SAFETY: a span lies within the row.
+            sum = simd.add(sum, unsafe { f32::load_part(simd, x.as_ptr().add(start), len) });
+        }
+        let mean = simd.splat(simd.sum(sum) / len as f32);
+        let mut squares = simd.splat(0.0);
+        for (start, len) in spans(len) {
+            // SAFETY: a span lies within the row and the output, which holds differences until the end. They are read
+            // again, so that behind the end of the row there is zero, not the mean.
+            let difference = unsafe {
+                let x = f32::load_part(simd, x.as_ptr().add(start), len);
+                let at = out.as_mut_ptr().add(start);
+                f32::store_part(simd, at, len, simd.sub(x, mean));
+                f32::load_part(simd, at, len)
+            };
+            squares = simd.mul_add(difference, difference, squares);
+        }
+        let scale = simd.splat(1.0 / (simd.sum(squares) / len as f32 + eps).sqrt());
+        for (start, len) in spans(len) {
+            // SAFETY: a span lies within all; it is read before it is written.
+            unsafe {
+                let at = out.as_mut_ptr().add(start);
+                let weight = f32::load_part(simd, weight.as_ptr().add(start), len);
+                let scaled = simd.mul(f32::load_part(simd, at, len), scale);
+                let value = match bias {
+                    Some(bias) => {
+                        simd.mul_add(scaled, weight, f32::load_part(simd, bias.as_ptr().add(start), len))
+                    }
+                    None => simd.mul(scaled, weight),
+                };
+                f32::store_part(simd, at, len, value);
+            }
+        }
+    }
 }
 
 /// One row; `x` has as many elements as `weight` and `out`, and may be `out`.

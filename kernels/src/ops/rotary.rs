@@ -1,22 +1,41 @@
-//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864), pairs half a head apart as in Hugging Face checkpoints.
+//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864). Scaling for long contexts is the tables' business.
 
 use super::operands::{SharedRows, matrix, matrix_mut, require, require_f32_matrix, u32_vector};
 use crate::simd::{Float, Kernel, Simd, spans};
 use crate::{Context, Result, Tensor, View, ViewMut};
 
+/// Which elements of a head are turned together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RotaryPairs {
+    /// Half of the turned elements apart: GPT-NeoX, Llama and most checkpoints of Hugging Face.
+    HalfApart,
+    /// Side by side: GPT-J, Cohere, GLM.
+    Adjacent,
+}
+
+/// Angles of all positions.
+#[derive(Clone, Copy)]
+pub struct RotaryTables<'a> {
+    /// f32 `[max position, rotary_dim / 2]`, rotary_dim <= head_dim: the rest of a head stays as it is.
+    pub cos: &'a Tensor,
+    /// As `cos`.
+    pub sin: &'a Tensor,
+    /// Which elements the angles are for.
+    pub pairs: RotaryPairs,
+}
+
 /// Rotates each head of each row by its position, in place.
 ///
-/// `x`: f32 `[rows, heads * head_dim]`; `positions`: u32 `[1, rows]`; `cos`, `sin`: f32 `[max position, rotary_dim / 2]`,
-/// rotary_dim <= head_dim (the rest of a head stays as it is).
+/// `x`: f32 `[rows, heads * head_dim]`; `positions`: u32 `[1, rows]`.
 pub fn rotary(
     context: &Context,
     x: ViewMut<'_>,
     head_dim: usize,
     positions: View<'_>,
-    cos: &Tensor,
-    sin: &Tensor,
+    tables: RotaryTables<'_>,
 ) -> Result<()> {
     const OP: &str = "rotary";
+    let RotaryTables { cos, sin, pairs } = tables;
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix_mut(&x), (rows, cols))?;
     require_f32_matrix(OP, "cos", matrix(cos.view()), (cos.rows(), cos.cols()))?;
@@ -34,7 +53,10 @@ pub fn rotary(
         let (cos, sin) = (cos.view().row(position), sin.view().row(position));
         // SAFETY: each task has rows of its own.
         let row = unsafe { x.row(row) };
-        context.level().run(Rotate { row, head_dim, cos, sin });
+        match pairs {
+            RotaryPairs::HalfApart => context.level().run(Rotate { row, head_dim, cos, sin }),
+            RotaryPairs::Adjacent => context.level().run(RotateAdjacent { row, head_dim, cos, sin }),
+        }
     });
     Ok(())
 }
@@ -64,6 +86,27 @@ impl Kernel for Rotate<'_> {
                     f32::store_part(simd, a_at, len, simd.sub(simd.mul(a, cos), simd.mul(b, sin)));
                     f32::store_part(simd, b_at, len, simd.add(simd.mul(b, cos), simd.mul(a, sin)));
                 }
+            }
+        }
+    }
+}
+
+/// As [`Rotate`], the pairs side by side.
+struct RotateAdjacent<'a> {
+    row: &'a mut [f32],
+    head_dim: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Kernel for RotateAdjacent<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for head in self.row.chunks_exact_mut(self.head_dim) {
+            let (pairs, _) = head.as_chunks_mut::<2>();
+            // The compiler makes vectors of it, with the shuffles that `Simd` does not have.
+            for (([a, b], cos), sin) in pairs.iter_mut().zip(self.cos).zip(self.sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
     }

@@ -17,7 +17,7 @@ mod x86;
 
 use half::{bf16, f16};
 
-pub(crate) use math::{exp, silu};
+pub(crate) use math::{erf, exp, exp_of_nonpositive, silu, tanh};
 
 /// Lanes of a vector, whatever the instruction set.
 pub(crate) const LANES: usize = 16;

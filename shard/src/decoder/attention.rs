@@ -16,7 +16,7 @@ pub(super) struct Attention {
     query_norm: Option<RmsNorm>,
     key_norm: Option<RmsNorm>,
     output: RowParallel,
-    params: AttentionParams,
+    params: AttentionParams<'static>,
     widths: HeadWidths,
 }
 
@@ -94,7 +94,10 @@ impl Attention {
                     has_bias: spec.output_bias,
                 },
             )?,
-            params: AttentionParams { scale: (spec.head_dim as f32).powf(-0.5), window: layer.window },
+            params: AttentionParams {
+                window: layer.window,
+                ..AttentionParams::new((spec.head_dim as f32).powf(-0.5))
+            },
             widths: HeadWidths::new(spec, weights.partition().world_size),
         })
     }
@@ -119,7 +122,7 @@ impl Attention {
         }
         let positions = View::from_slice(&input.positions, 1, input.positions.len());
         let queries_and_keys = qkv.reborrow().narrow_cols(0, query + key);
-        rotary(context, queries_and_keys, head_dim, positions, &tables.cos, &tables.sin)?;
+        rotary(context, queries_and_keys, head_dim, positions, tables.view())?;
 
         let qkv = qkv.as_view();
         let (keys, values) = (qkv.narrow_cols(query, key), qkv.narrow_cols(query + key, key));

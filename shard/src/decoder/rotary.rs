@@ -23,6 +23,12 @@ impl RotaryTables {
         Self { cos: table(f64::cos), sin: table(f64::sin) }
     }
 
+    /// Pairs lie half a head apart in the checkpoints of all architectures here.
+    pub(super) fn view(&self) -> kernels::ops::rotary::RotaryTables<'_> {
+        let pairs = kernels::ops::rotary::RotaryPairs::HalfApart;
+        kernels::ops::rotary::RotaryTables { cos: &self.cos, sin: &self.sin, pairs }
+    }
+
     pub(super) fn size_in_bytes(&self) -> usize {
         self.cos.size_in_bytes() + self.sin.size_in_bytes()
     }

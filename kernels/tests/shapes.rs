@@ -1,0 +1,327 @@
+//! Every operation on operands of arbitrary shapes, strides and element types, against f64, with canaries around each
+//! output.
+//!
+//! A fixed number of cases by default (`FUZZ_CASES=n`). `FUZZ_SECONDS=600 cargo test --release -p kernels --test shapes` goes on with fresh
+//! ones for as long; a failure names its seed, and `FUZZ_SEED=n` runs that one alone. `make check-memory` runs this
+//! under valgrind.
+
+#[expect(dead_code, reason = "what other tests need")]
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use common::{FLOATS, assert_close, levels, rng, tensor};
+use half::bf16;
+use kernels::ops::activation::{self, Activation};
+use kernels::ops::attention::{paged_attention, write_kv};
+use kernels::ops::linear::{LinearPart, Weight, linear};
+use kernels::ops::norm::LayerNormWeights;
+use kernels::ops::rotary::{RotaryPairs, RotaryTables};
+use kernels::ops::{embedding, norm, rotary};
+use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, View, ViewMut};
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+/// Cases of each operation where nothing else is asked for.
+const CASES: u64 = 25;
+const CANARY: f32 = -12345.5;
+
+type Case = fn(&Context, &mut StdRng);
+const OPERATIONS: [(&str, Case); 7] = [
+    ("norms", norms),
+    ("activations", activations),
+    ("rotary", turn),
+    ("embedding", embed),
+    ("gather", gather),
+    ("linear", product),
+    ("attention", attend),
+];
+
+#[test]
+fn operations_on_arbitrary_shapes_are_right_and_write_nothing_else() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let contexts = levels();
+    let begin = Instant::now();
+    let least = Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(0));
+    let seeds = number("FUZZ_SEED").map_or(0..u64::MAX, |seed| seed..seed + 1);
+    for seed in seeds {
+        if seed >= number("FUZZ_CASES").unwrap_or(CASES)
+            && begin.elapsed() >= least
+            && number("FUZZ_SEED").is_none()
+        {
+            return;
+        }
+        for (name, run) in OPERATIONS {
+            for context in &contexts {
+                let run = AssertUnwindSafe(|| run(context, &mut rng(seed)));
+                let outcome = catch_unwind(run);
+                assert!(outcome.is_ok(), "{name} fails: FUZZ_SEED={seed}");
+            }
+        }
+    }
+}
+
+/// An f32 matrix within a larger one, whose other elements are canaries.
+struct Framed {
+    whole: Tensor,
+    place: [usize; 4],
+}
+
+impl Framed {
+    fn new(rng: &mut StdRng, rows: usize, cols: usize) -> Self {
+        let [top, left, bottom, right] = std::array::from_fn(|_| rng.random_range(0..4_usize));
+        let (all_rows, all_cols) = (top + rows + bottom, left + cols + right);
+        let whole = Tensor::from_slice(&vec![CANARY; all_rows * all_cols], all_rows, all_cols);
+        Self { whole, place: [top, left, rows, cols] }
+    }
+
+    fn filled(rng: &mut StdRng, rows: usize, cols: usize) -> Self {
+        let mut framed = Self::new(rng, rows, cols);
+        let [top, left, ..] = framed.place;
+        let stride = framed.whole.cols();
+        for row in 0..rows {
+            for value in &mut framed.whole.as_mut_slice::<f32>()[(top + row) * stride + left..][..cols] {
+                *value = rng.random_range(-2.0..2.0);
+            }
+        }
+        framed
+    }
+
+    fn view(&self) -> View<'_> {
+        let [top, left, rows, cols] = self.place;
+        self.whole.view().narrow_rows(top, rows).narrow_cols(left, cols)
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_> {
+        let [top, left, rows, cols] = self.place;
+        self.whole.view_mut().narrow_rows(top, rows).narrow_cols(left, cols)
+    }
+
+    fn values(&self) -> Vec<f32> {
+        (0..self.place[2]).flat_map(|row| self.view().row::<f32>(row).to_vec()).collect()
+    }
+
+    fn rows(&self) -> Vec<Vec<f64>> {
+        (0..self.place[2])
+            .map(|row| self.view().row::<f32>(row).iter().copied().map(f64::from).collect())
+            .collect()
+    }
+
+    /// Within `tolerance` of what is expected, relative to the greatest value, and the canaries live.
+    fn check(&self, want: &[f64], tolerance: f64, what: &str) {
+        let scale = want.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
+        assert_close(&self.values(), want, tolerance * scale, what);
+        let [top, left, rows, cols] = self.place;
+        for (i, value) in self.whole.as_slice::<f32>().iter().enumerate() {
+            let (row, col) = (i / self.whole.cols(), i % self.whole.cols());
+            let inside = (top..top + rows).contains(&row) && (left..left + cols).contains(&col);
+            assert!(inside || value.to_bits() == CANARY.to_bits(), "{what} wrote to [{row}, {col}]");
+        }
+    }
+}
+
+fn size(rng: &mut StdRng, most: usize) -> usize {
+    // Often near the width of a vector.
+    match rng.random_range(0..3) {
+        0 => rng.random_range(1..=most),
+        1 => rng.random_range(1..=most.min(4)),
+        _ => (16 * rng.random_range(1..=4) + rng.random_range(0..3) - 1).min(most),
+    }
+}
+
+fn f64s(tensor: &Tensor, row: usize) -> Vec<f64> {
+    tensor.view().row_f32(row).expect("a float type").into_iter().map(f64::from).collect()
+}
+
+fn norms(context: &Context, rng: &mut StdRng) {
+    let (rows, cols) = (size(rng, 5), size(rng, 200));
+    let x = Framed::filled(rng, rows, cols);
+    let (weight, bias) = (tensor(rng, 1, cols, DType::F32), tensor(rng, 1, cols, DType::F32));
+    let (w, b) = (f64s(&weight, 0), f64s(&bias, 0));
+    let eps = 1e-3;
+    let mut out = Framed::new(rng, rows, cols);
+    norm::rms_norm(context, x.view(), &weight, eps, out.view_mut()).expect("shapes fit");
+    let want: Vec<f64> = x
+        .rows()
+        .iter()
+        .flat_map(|x| {
+            let rms = (x.iter().map(|v| v * v).sum::<f64>() / cols as f64 + f64::from(eps)).sqrt();
+            x.iter().zip(&w).map(move |(x, w)| x / rms * w).collect::<Vec<_>>()
+        })
+        .collect();
+    out.check(&want, 2e-6, "rms_norm");
+
+    let weights = LayerNormWeights { weight: &weight, bias: Some(&bias), eps };
+    norm::layer_norm(context, x.view(), weights, out.view_mut()).expect("shapes fit");
+    let want: Vec<f64> = x
+        .rows()
+        .iter()
+        .flat_map(|x| {
+            let mean = x.iter().sum::<f64>() / cols as f64;
+            let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / cols as f64;
+            let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+            (0..cols).map(|i| (x[i] - mean) * scale * w[i] + b[i]).collect::<Vec<_>>()
+        })
+        .collect();
+    out.check(&want, 2e-5, "layer_norm");
+}
+
+fn activations(context: &Context, rng: &mut StdRng) {
+    let (rows, cols) = (size(rng, 5), size(rng, 200));
+    let x = Framed::filled(rng, rows, 2 * cols);
+    let mut out = Framed::new(rng, rows, cols);
+    activation::gated(context, Activation::Silu, x.view(), out.view_mut()).expect("shapes fit");
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    let gated = |x: &Vec<f64>| (0..cols).map(|i| silu(x[i]) * x[cols + i]).collect::<Vec<_>>();
+    out.check(&x.rows().iter().flat_map(gated).collect::<Vec<_>>(), 1e-6, "gated");
+
+    let mut sum = Framed::filled(rng, rows, 2 * cols);
+    let want: Vec<f64> =
+        sum.rows().concat().iter().zip(x.rows().concat()).map(|(a, b)| f64::from((a + b) as f32)).collect();
+    activation::add(context, sum.view_mut(), x.view()).expect("shapes fit");
+    sum.check(&want, 0.0, "add");
+}
+
+fn turn(context: &Context, rng: &mut StdRng) {
+    let (rows, heads, half) = (size(rng, 5), size(rng, 4), size(rng, 40));
+    let head_dim = 2 * half + rng.random_range(0..5);
+    let (cos, sin) = (tensor(rng, 9, half, DType::F32), tensor(rng, 9, half, DType::F32));
+    let positions: Vec<u32> = (0..rows).map(|_| rng.random_range(0..9)).collect();
+    for pairs in [RotaryPairs::HalfApart, RotaryPairs::Adjacent] {
+        let mut x = Framed::filled(rng, rows, heads * head_dim);
+        let mut want = x.rows();
+        for (row, &position) in want.iter_mut().zip(&positions) {
+            let (cos, sin) = (f64s(&cos, position as usize), f64s(&sin, position as usize));
+            for head in row.chunks_mut(head_dim) {
+                for pair in 0..half {
+                    let (i, j) = match pairs {
+                        RotaryPairs::HalfApart => (pair, half + pair),
+                        RotaryPairs::Adjacent => (2 * pair, 2 * pair + 1),
+                    };
+                    let (a, b) = (head[i], head[j]);
+                    (head[i], head[j]) = (a * cos[pair] - b * sin[pair], b * cos[pair] + a * sin[pair]);
+                }
+            }
+        }
+        let tables = RotaryTables { cos: &cos, sin: &sin, pairs };
+        let ids = View::from_slice(&positions, 1, rows);
+        rotary::rotary(context, x.view_mut(), head_dim, ids, tables).expect("shapes fit");
+        x.check(&want.concat(), 1e-6, "rotary");
+    }
+}
+
+fn embed(context: &Context, rng: &mut StdRng) {
+    let (rows, cols, vocab) = (size(rng, 9), size(rng, 100), size(rng, 20));
+    for dtype in FLOATS {
+        let table = tensor(rng, vocab, cols + 3, dtype).narrow_cols(rng.random_range(0..=3), cols);
+        let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..2 * vocab as u32)).collect();
+        let first_id = rng.random_range(0..vocab as u32);
+        let mut out = Framed::new(rng, rows, cols);
+        embedding::embedding(context, View::from_slice(&ids, 1, rows), &table, first_id, out.view_mut())
+            .expect("shapes fit");
+        let want: Vec<f64> = ids
+            .iter()
+            .flat_map(|&id| match id.checked_sub(first_id) {
+                Some(id) if (id as usize) < vocab => f64s(&table, id as usize),
+                _ => vec![0.0; cols],
+            })
+            .collect();
+        out.check(&want, 0.0, "embedding");
+    }
+}
+
+fn gather(context: &Context, rng: &mut StdRng) {
+    let (rows, cols, from) = (size(rng, 9), size(rng, 100), size(rng, 20));
+    let x = Framed::filled(rng, from, cols);
+    let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..from as u32)).collect();
+    let mut out = Framed::new(rng, rows, cols);
+    embedding::gather_rows(context, x.view(), View::from_slice(&ids, 1, rows), out.view_mut())
+        .expect("shapes fit");
+    let rows = x.rows();
+    out.check(&ids.iter().flat_map(|&id| rows[id as usize].clone()).collect::<Vec<_>>(), 0.0, "gather_rows");
+}
+
+fn product(context: &Context, rng: &mut StdRng) {
+    let (rows, k) = (size(rng, 24), size(rng, 90));
+    let mut x = Framed::filled(rng, rows, k);
+    // Where the CPU multiplies in bf16, it rounds x first.
+    let whole = x.whole.as_mut_slice::<f32>();
+    whole.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+    for dtype in FLOATS {
+        let outputs = [size(rng, 30), size(rng, 9)];
+        let left = rng.random_range(0..=2);
+        let weights = outputs.map(|n| tensor(rng, n, k + 2, dtype).narrow_cols(left, k));
+        let bias = tensor(rng, 1, outputs[1], DType::F32);
+        let mut out = Framed::new(rng, rows, outputs[0] + outputs[1]);
+        let parts = [
+            LinearPart { weight: Weight::Dense(&weights[0]), bias: None },
+            LinearPart { weight: Weight::Dense(&weights[1]), bias: Some(&bias) },
+        ];
+        linear(context, x.view(), &parts, out.view_mut()).expect("shapes fit");
+        let mut want = Vec::new();
+        for x in x.rows() {
+            let dot = |w: Vec<f64>| w.iter().zip(&x).map(|(w, x)| w * x).sum::<f64>();
+            want.extend((0..outputs[0]).map(|n| dot(f64s(&weights[0], n))));
+            let bias = f64s(&bias, 0);
+            want.extend((0..outputs[1]).map(|n| dot(f64s(&weights[1], n)) + bias[n]));
+        }
+        out.check(&want, 1e-5, "linear");
+    }
+}
+
+fn attend(context: &Context, rng: &mut StdRng) {
+    let (kv_heads, group, head_dim) = (size(rng, 3), size(rng, 9), size(rng, 70));
+    let (block_size, len) = (size(rng, 40), size(rng, 150));
+    let rows = rng.random_range(1..=len);
+    let num_blocks = len.div_ceil(block_size);
+    let window = [None, Some(rng.random_range(1..=len))][rng.random_range(0..2)];
+    let kv_cols = kv_heads * head_dim;
+    for dtype in FLOATS {
+        let (keys, values) = (Framed::filled(rng, len, kv_cols), Framed::filled(rng, len, kv_cols));
+        let mut cache = KvLayer::new(num_blocks, kv_heads, block_size, head_dim, dtype);
+        // Backwards, so that neighbours are not.
+        let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
+        let slot = |p: usize| table[p / block_size] * block_size as u32 + (p % block_size) as u32;
+        let slots: Vec<u32> = (0..len).map(slot).collect();
+        write_kv(context, keys.view(), values.view(), &slots, &mut cache).expect("shapes fit");
+        let query = Framed::filled(rng, rows, group * kv_cols);
+        let mut out = Framed::new(rng, rows, group * kv_cols);
+        let batch = AttentionBatch {
+            query_starts: &[0, rows as u32],
+            kv_lens: &[len as u32],
+            block_tables: &table,
+            max_blocks: num_blocks,
+        };
+        let params = AttentionParams { window, ..AttentionParams::new(0.3) };
+        paged_attention(context, query.view(), &cache, &batch, params, out.view_mut()).expect("shapes fit");
+        let rounded = |framed: &Framed| -> Vec<Vec<f64>> {
+            let stored = Tensor::from_slice(&framed.values(), len, kv_cols);
+            let stored = stored.to_dtype(dtype).expect("a float type");
+            (0..len).map(|row| f64s(&stored, row)).collect()
+        };
+        let (keys, values) = (rounded(&keys), rounded(&values));
+        let mut want = Vec::new();
+        for (row, query) in query.rows().iter().enumerate() {
+            let position = len - rows + row;
+            let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+            for (head, query) in query.chunks(head_dim).enumerate() {
+                let columns = head / group * head_dim..(head / group + 1) * head_dim;
+                let score = |p: usize| -> f64 {
+                    0.3 * query.iter().zip(&keys[p][columns.clone()]).map(|(q, k)| q * k).sum::<f64>()
+                };
+                let scores: Vec<f64> = (first..=position).map(score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                for column in columns.clone() {
+                    let weighted = scores.iter().zip(first..);
+                    want.push(
+                        weighted.map(|(score, p)| (score - max).exp() / total * values[p][column]).sum(),
+                    );
+                }
+            }
+        }
+        // Scores up to a hundred are good to a few units of 2^-24, and so relative to themselves are their exponentials.
+        out.check(&want, 5e-5, "attention");
+    }
+}
