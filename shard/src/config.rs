@@ -8,10 +8,15 @@ use serde::{Deserialize, Serialize};
 /// Settings of all shards of a group. Flags and environment variables have the names that TGI gave them.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 pub struct ShardConfig {
-    /// Element type of weights and KV cache. Weights that it represents exactly are still used in place as they are
-    /// stored [default: the checkpoint's]
+    /// Element type of weights. Those that it represents exactly are still used in place as they are stored
+    /// [default: the checkpoint's]
     #[arg(long, env = "DTYPE", value_enum)]
     pub dtype: Option<Dtype>,
+
+    /// Element type of keys and values. Half as wide, twice as many tokens fit the memory and a long context is read
+    /// twice as fast [default: bfloat16, but float32 where the weights' type is float32]
+    #[arg(long, env = "KV_CACHE_DTYPE", value_enum)]
+    pub kv_cache_dtype: Option<Dtype>,
 
     /// Quantize the linear layers' weights, all but the head's, when the model is loaded. Less memory is read for each
     /// token, at the price of some accuracy [default: as they are stored]
@@ -59,15 +64,18 @@ pub struct ShardPlacement {
     pub supervised: bool,
 }
 
-/// Element type of weights and KV cache.
+/// Element type of weights or KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// 32-bit float.
+    #[value(alias = "f32")]
     Float32,
     /// IEEE 754 half precision.
+    #[value(alias = "f16")]
     Float16,
     /// bfloat16.
+    #[value(alias = "bf16")]
     Bfloat16,
 }
 

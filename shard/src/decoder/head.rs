@@ -5,6 +5,7 @@ use kernels::ops::linear::{LinearPart, Weight, linear};
 use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
 use super::embedding::{Embedding, vocab_slice};
+use super::norm::RmsNorm;
 use super::spec::{DecoderSpec, TensorNames};
 use crate::weights::{Error, Weights};
 
@@ -16,6 +17,7 @@ pub(super) struct Head {
 /// Scratch space and result.
 pub(super) struct HeadBuffers {
     hidden: Tensor,
+    normed: Tensor,
     /// This rank's columns, where the vocabulary is partitioned.
     part: Option<Tensor>,
     logits: Tensor,
@@ -27,6 +29,7 @@ impl HeadBuffers {
         let part_cols = head.weight.rows();
         Self {
             hidden: zeros(spec.hidden_size),
+            normed: zeros(spec.hidden_size),
             part: (part_cols < spec.vocab_size).then(|| zeros(part_cols)),
             logits: zeros(spec.vocab_size),
         }
@@ -34,7 +37,7 @@ impl HeadBuffers {
 
     pub(super) fn size_in_bytes(&self) -> usize {
         let part = self.part.as_ref().map_or(0, Tensor::size_in_bytes);
-        self.hidden.size_in_bytes() + part + self.logits.size_in_bytes()
+        self.hidden.size_in_bytes() + self.normed.size_in_bytes() + part + self.logits.size_in_bytes()
     }
 }
 
@@ -53,25 +56,28 @@ impl Head {
         Ok(Self { weight: weights.take_matrix(&format!("{}.weight", names.head), shape, slice)? })
     }
 
-    /// Logits `[rows.len(), vocab]` of the rows `rows` of `hidden`, the same on all ranks.
+    /// Logits `[rows.len(), vocab]` of the rows `rows` of `hidden`, which `norm` has not seen yet, the same on all ranks.
     pub(super) fn forward<'a>(
         &self,
         context: &Context,
         communicator: &mut dyn Communicator,
+        norm: &RmsNorm,
         hidden: View<'_>,
         rows: &[u32],
         buffers: &'a mut HeadBuffers,
     ) -> Result<View<'a>> {
         let mut gathered = buffers.hidden.view_mut().narrow_rows(0, rows.len());
         gather_rows(context, hidden, View::from_slice(rows, 1, rows.len()), gathered.reborrow())?;
+        let mut normed = buffers.normed.view_mut().narrow_rows(0, rows.len());
+        norm.forward(context, gathered.as_view(), normed.reborrow())?;
         let weight = [LinearPart { weight: Weight::Dense(&self.weight), bias: None }];
         let mut logits = buffers.logits.view_mut().narrow_rows(0, rows.len());
         if let Some(part) = &mut buffers.part {
             let mut part = part.view_mut().narrow_rows(0, rows.len());
-            linear(context, gathered.as_view(), &weight, part.reborrow())?;
+            linear(context, normed.as_view(), &weight, part.reborrow())?;
             communicator.all_gather_cols(part.as_view(), logits)?;
         } else {
-            linear(context, gathered.as_view(), &weight, logits.reborrow())?;
+            linear(context, normed.as_view(), &weight, logits.reborrow())?;
         }
         Ok(buffers.logits.view().narrow_rows(0, rows.len()))
     }

@@ -15,6 +15,7 @@ mod norm;
 mod rotary;
 mod spec;
 
+use kernels::ops::activation::add;
 use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
 use attention::{Attention, AttentionBuffers, AttentionStep, HeadWidths};
@@ -51,9 +52,9 @@ struct Layer {
 /// The buffers of a step.
 struct Workspace {
     rotary: RotaryTables,
-    /// The residual stream, f32 `[max_step_tokens, hidden]`, as are the next two.
+    /// The residual stream, f32 `[max_step_tokens, hidden]`, as are the next two; at the end of a step, input of the head.
     residual: Tensor,
-    /// Input of the current block; at the end of a step, input of the head.
+    /// Input of the current block.
     normed: Tensor,
     /// Output of the current block.
     branch: Tensor,
@@ -127,7 +128,7 @@ impl Decoder {
         self.workspace.as_ref().map_or(0, Workspace::size_in_bytes)
     }
 
-    /// Computes one step: writes keys and values of all rows to `cache` and keeps the rows' final hidden states for
+    /// Computes one step: writes keys and values of all rows to `cache` and keeps the rows' hidden states for
     /// [`Decoder::logits`]. All ranks make the same call.
     ///
     /// # Panics
@@ -146,8 +147,9 @@ impl Decoder {
         let mut branch = workspace.branch.view_mut().narrow_rows(0, rows);
 
         self.embedding.forward(context, communicator, &input.token_ids, residual.reborrow())?;
-        let first_norm = self.layers.first().map_or(&self.final_norm, |layer| &layer.attention_norm);
-        first_norm.forward(context, residual.as_view(), normed.reborrow())?;
+        if let Some(first) = self.layers.first() {
+            first.attention_norm.forward(context, residual.as_view(), normed.reborrow())?;
+        }
         for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let mut step = AttentionStep {
                 context,
@@ -160,8 +162,14 @@ impl Decoder {
             layer.mlp_norm.add_forward(context, residual.reborrow(), branch.as_view(), normed.reborrow())?;
             let mlp = &mut workspace.mlp;
             layer.mlp.forward(context, communicator, mlp, normed.as_view(), branch.reborrow())?;
-            let next_norm = self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.attention_norm);
-            next_norm.add_forward(context, residual.reborrow(), branch.as_view(), normed.reborrow())?;
+            let (residual, branch) = (residual.reborrow(), branch.as_view());
+            match self.layers.get(index + 1) {
+                Some(next) => {
+                    next.attention_norm.add_forward(context, residual, branch, normed.reborrow())?
+                }
+                // The last norm is for the rows that get logits.
+                None => add(context, residual, branch)?,
+            }
         }
         Ok(())
     }
@@ -177,7 +185,8 @@ impl Decoder {
         rows: &[u32],
     ) -> Result<View<'_>> {
         let workspace = self.workspace.as_mut().expect("prepare comes before logits");
-        self.head.forward(context, communicator, workspace.normed.view(), rows, &mut workspace.head)
+        let hidden = workspace.residual.view();
+        self.head.forward(context, communicator, &self.final_norm, hidden, rows, &mut workspace.head)
     }
 }
 

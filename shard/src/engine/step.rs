@@ -90,7 +90,8 @@ impl Engine {
 
     /// What this shard serves.
     pub fn info(&self) -> InfoResponse {
-        let Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype } = &self.rank.model;
+        let Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype } =
+            &self.rank.model;
         let spec = decoder.spec();
         // A window is a property of the model only where all layers have the same.
         let window = spec.layers.first().and_then(|layer| layer.window);
@@ -107,7 +108,7 @@ impl Engine {
             eos_token_ids: eos_token_ids.clone(),
             num_layers: spec.layers.len() as u32,
             num_parameters: *num_parameters,
-            kv_bytes_per_token: decoder.kv_bytes_per_token(*dtype) as u64,
+            kv_bytes_per_token: decoder.kv_bytes_per_token(*kv_dtype) as u64,
             weight_bytes: *weight_bytes,
         }
     }
@@ -122,7 +123,7 @@ impl Engine {
         let (vocab_size, max_position_embeddings) = (spec.vocab_size, spec.max_position_embeddings);
         check_warmup(request, max_position_embeddings)?;
         self.serving = None;
-        let bytes_per_token = self.rank.model.decoder.kv_bytes_per_token(self.rank.model.dtype);
+        let bytes_per_token = self.rank.model.decoder.kv_bytes_per_token(self.rank.model.kv_dtype);
         let world_size = self.rank.communicator.world_size();
         let needs = CacheNeeds { block_size: BLOCK_SIZE_TOKENS, bytes_per_token, world_size };
         let limits = Limits {
@@ -187,10 +188,10 @@ impl Serving {
             max_logit_rows: limits.max_logit_rows(),
             max_position: limits.max_total_tokens,
         });
-        let Model { decoder, dtype, .. } = &rank.model;
+        let Model { decoder, kv_dtype, .. } = &rank.model;
         Self {
             limits,
-            cache: KvCache::new(decoder, limits.num_blocks, limits.block_size, *dtype),
+            cache: KvCache::new(decoder, limits.num_blocks, limits.block_size, *kv_dtype),
             sequences: Sequences::new(),
             validator: StepValidator::default(),
             batch: Batch::default(),

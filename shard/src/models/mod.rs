@@ -69,15 +69,19 @@ pub struct Model {
     pub num_parameters: u64,
     /// Bytes of this rank's weights, mapped or copied.
     pub weight_bytes: u64,
-    /// Element type of weights and KV cache: the one asked for, or the checkpoint's.
+    /// Element type of weights: the one asked for, or the checkpoint's.
     pub dtype: DType,
+    /// Element type of keys and values.
+    pub kv_dtype: DType,
 }
 
 /// How a checkpoint is loaded.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LoadOptions {
-    /// Element type of weights (those that are not quantized) and KV cache; `None`: the checkpoint's.
+    /// Element type of weights that are not quantized; `None`: the checkpoint's.
     pub dtype: Option<Dtype>,
+    /// Element type of keys and values; `None`: bfloat16, but float32 where the weights' type is.
+    pub kv_cache_dtype: Option<Dtype>,
     /// Format of linear layers' weights; `None`: as they are stored.
     pub quantize: Option<Quantization>,
     /// Whose share of the weights.
@@ -87,7 +91,7 @@ pub struct LoadOptions {
 /// Maps the checkpoint in `model_dir` (config.json, safetensors files, maybe generation_config.json), and quantizes its
 /// weights on `context` if that is asked for. All that config.json can rule out is refused before a weight file is opened.
 pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
-    let LoadOptions { dtype, quantize: quantization, partition } = options;
+    let LoadOptions { dtype, kv_cache_dtype, quantize: quantization, partition } = options;
     let config = ModelConfig::read(model_dir)?;
     let invalid = |source| LoadError::Config { path: model_dir.join("config.json"), source };
     let architecture = find(&config).map_err(invalid)?;
@@ -107,7 +111,14 @@ pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result
         tied_head.as_deref() == Some(name) || names.redundant.iter().any(|end| name.ends_with(end))
     })?;
     let dtype = dtype.unwrap_or_else(|| decoder.dtype());
-    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype })
+    let kv_dtype = kv_cache_dtype.map_or_else(|| default_kv_dtype(dtype), element_type);
+    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype })
+}
+
+/// 16 bits, of which bfloat16 has the range of f32: keys and values are computed in f32 and may be beyond f16. Whoever
+/// has f32 weights, or asks for them, wants results that agree with others in f32.
+fn default_kv_dtype(dtype: DType) -> DType {
+    if dtype == DType::F32 { DType::F32 } else { DType::BF16 }
 }
 
 fn find(config: &ModelConfig) -> Result<&'static Architecture, ConfigError> {

@@ -1,5 +1,7 @@
 //! The choice of a token from a distribution.
 
+use kernels::ops::logits::greatest;
+
 use super::distribution::Distribution;
 use super::rng;
 
@@ -9,13 +11,7 @@ use super::rng;
 /// Where `logits` is empty: a model has at least one token.
 pub(super) fn most_likely(logits: &[f32]) -> u32 {
     assert!(!logits.is_empty(), "a vocabulary has at least one token");
-    let mut best = 0;
-    for (token_id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = token_id;
-        }
-    }
-    best as u32
+    greatest(logits).index as u32
 }
 
 /// Inverts the cumulative distribution of the candidates in order of token id at a uniform number that is a pure

@@ -1,5 +1,7 @@
 //! The distribution that a token is chosen from, while processors change it.
 
+use kernels::ops::logits::{greatest, weights};
+
 /// A token that may be chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Candidate {
@@ -14,6 +16,8 @@ pub(super) struct Candidate {
 #[derive(Debug, Default)]
 pub(super) struct Distribution {
     logits: Vec<f32>,
+    /// Of all logits, while candidates are made.
+    weights: Vec<f32>,
     candidates: Vec<Candidate>,
     /// Of `candidates`, how many at the front are the most likely ones, in descending order.
     num_sorted: usize,
@@ -57,7 +61,13 @@ impl Distribution {
     /// Sum of the weights of all candidates that are left.
     pub(super) fn total_weight(&mut self) -> f64 {
         self.weigh();
-        self.candidates.iter().map(|candidate| f64::from(candidate.weight)).sum()
+        // Several sums, because an addition takes longer than it keeps the CPU busy.
+        let (chunks, rest) = self.candidates.as_chunks::<8>();
+        let mut sums = [0.0; 8];
+        for chunk in chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, candidate)| *sum += f64::from(candidate.weight));
+        }
+        sums.iter().sum::<f64>() + rest.iter().map(|candidate| f64::from(candidate.weight)).sum::<f64>()
     }
 
     /// Keeps the candidates for which `keep` holds.
@@ -121,12 +131,13 @@ impl Distribution {
             return;
         }
         self.weighed = true;
-        let max = self.logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        self.weights.resize(self.logits.len(), 0.0);
+        weights(&self.logits, greatest(&self.logits).logit, &mut self.weights);
         self.candidates.extend(
-            self.logits
+            self.weights
                 .iter()
                 .zip(0..)
-                .map(|(&logit, token_id)| Candidate { token_id, weight: (logit - max).exp() })
+                .map(|(&weight, token_id)| Candidate { token_id, weight })
                 // What has no probability must not be chosen for lack of others, nor be sorted.
                 .filter(|candidate| candidate.weight > 0.0),
         );

@@ -3,7 +3,11 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
+use kernels::ops::logits::{Greatest, greatest, sum_of_exp};
 use proto::v1::TokenLogprob;
+
+/// Tokens that are passed over together where none of them is likely.
+const CHUNK: usize = 256;
 
 /// A row of logits holds NaN or +infinity, or nothing but -infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +17,7 @@ pub(crate) struct NotFinite;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LogSoftmax {
     max: f32,
+    most_likely: u32,
     /// ln(sum(exp(logit - max))), summed in f64.
     log_sum: f64,
 }
@@ -21,13 +26,21 @@ impl LogSoftmax {
     /// Of a row of logits. Single tokens may have -infinity (a model may mask them); the row as a whole must be a
     /// distribution.
     pub(crate) fn of(logits: &[f32]) -> Result<Self, NotFinite> {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let Greatest { logit: max, index } = greatest(logits);
         if !max.is_finite() {
             return Err(NotFinite);
         }
-        // `f32::max` passes over NaN; the sum does not.
-        let sum: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
-        if sum.is_nan() { Err(NotFinite) } else { Ok(Self { max, log_sum: sum.ln() }) }
+        // NaN is not the greatest, but the sum is NaN then.
+        let sum = sum_of_exp(logits, max);
+        if sum.is_nan() {
+            return Err(NotFinite);
+        }
+        Ok(Self { max, most_likely: index as u32, log_sum: sum.ln() })
+    }
+
+    /// The most likely token; of equally likely ones that with the lowest id.
+    pub(crate) fn most_likely_token(&self) -> u32 {
+        self.most_likely
     }
 
     /// Natural logarithm of the probability of a token with this logit; at most 0.
@@ -42,13 +55,20 @@ impl LogSoftmax {
         }
         // The heap's greatest element is the least likely token of the best n so far.
         let mut best = BinaryHeap::with_capacity(n + 1);
-        for (token_id, &logit) in (0..).zip(logits) {
-            let ranked = Ranked { logit, token_id };
-            if best.len() < n {
-                best.push(ranked);
-            } else if best.peek().is_some_and(|worst| ranked < *worst) {
-                best.pop();
-                best.push(ranked);
+        for (chunk, first) in logits.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+            // Nearly all chunks hold nothing that is likelier than the best so far, and the greatest is found quickly.
+            let is_full = best.len() == n;
+            if is_full && best.peek().is_some_and(|worst: &Ranked| greatest(chunk).logit <= worst.logit) {
+                continue;
+            }
+            for (token_id, &logit) in (first..).zip(chunk) {
+                let ranked = Ranked { logit, token_id };
+                if best.len() < n {
+                    best.push(ranked);
+                } else if best.peek().is_some_and(|worst| ranked < *worst) {
+                    best.pop();
+                    best.push(ranked);
+                }
             }
         }
         best.into_sorted_vec()

@@ -47,7 +47,11 @@ impl Sampler {
         scratch: &mut Scratch,
     ) -> Result<SampledToken, NotFinite> {
         let softmax = LogSoftmax::of(logits)?;
-        let token_id = self.choose(logits, position, &mut scratch.distribution);
+        let token_id = if self.greedy && self.processors.is_empty() {
+            softmax.most_likely_token()
+        } else {
+            self.choose(logits, position, &mut scratch.distribution)
+        };
         let logprob = softmax.logprob(logits[token_id as usize]);
         Ok(SampledToken { token_id, logprob, top: softmax.most_likely(logits, top_n) })
     }
@@ -58,9 +62,6 @@ impl Sampler {
     }
 
     fn choose(&self, logits: &[f32], position: u64, distribution: &mut Distribution) -> u32 {
-        if self.greedy && self.processors.is_empty() {
-            return choose::most_likely(logits);
-        }
         distribution.reset(logits);
         for processor in &self.processors {
             processor.process(&self.history, distribution);

@@ -1,5 +1,6 @@
 //! Temperature: logits are divided by it, so below 1 likely tokens become likelier.
 
+use kernels::ops::logits::greatest;
 use proto::v1::SamplingParameters;
 
 use super::{Distribution, History, LogitsProcessor, is_greedy};
@@ -15,7 +16,7 @@ impl LogitsProcessor for Temperature {
     /// Logits are taken relative to the largest, so a tiny temperature makes others unlikely and none infinite.
     fn process(&self, _: &History, distribution: &mut Distribution) {
         let logits = distribution.logits_mut();
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = greatest(logits).logit;
         for logit in logits {
             // The quotient is 0 / temperature for the largest: exactly 0.
             *logit = (*logit - max) / self.0;

@@ -80,6 +80,7 @@ fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engi
     let context = Context::cpu(placement.num_threads.unwrap_or_else(|| default_threads(*world_size)));
     let options = LoadOptions {
         dtype: config.dtype,
+        kv_cache_dtype: config.kv_cache_dtype,
         quantize: config.quantize,
         partition: Partition { rank: *rank, world_size: *world_size },
     };

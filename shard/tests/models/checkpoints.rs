@@ -199,6 +199,22 @@ fn weights_stay_mapped_unless_the_type_asked_for_cannot_hold_them() {
 }
 
 #[test]
+fn keys_and_values_are_bf16_unless_weights_are_f32_or_another_type_is_asked_for() {
+    #[track_caller]
+    fn check(name: &str, dtype: Option<Dtype>, kv_cache_dtype: Option<Dtype>, expected: DType) {
+        let options = LoadOptions { kv_cache_dtype, ..as_type(dtype) };
+        assert_eq!(load(&golden_dir(name), options).unwrap().kv_dtype, expected, "{name}");
+    }
+    check("llama", None, None, DType::F32);
+    check("llama", Some(Dtype::Bfloat16), None, DType::BF16);
+    check("llama_bf16", None, None, DType::BF16);
+    check("llama_bf16", Some(Dtype::Float32), None, DType::F32);
+    check("llama_f16", None, None, DType::BF16);
+    check("llama_f16", None, Some(Dtype::Float16), DType::F16);
+    check("llama", None, Some(Dtype::Bfloat16), DType::BF16);
+}
+
+#[test]
 fn converted_weights_compute_nearly_the_same() {
     let (prompt, _) = golden("llama").swap_remove(1);
     let stored = Rank::alone(&golden_dir("llama")).prompt(&prompt.token_ids);

@@ -16,6 +16,7 @@ const TOLERANCE: f32 = 2e-4;
 
 const EETQ: LoadOptions = LoadOptions {
     dtype: None,
+    kv_cache_dtype: None,
     quantize: Some(Quantization::Eetq),
     partition: shard::weights::Partition { rank: 0, world_size: 1 },
 };

@@ -46,9 +46,10 @@ fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
 
 fn start(placement: ShardPlacement) -> (oneshot::Sender<()>, JoinHandle<anyhow::Result<()>>) {
     let (stop, stopped) = oneshot::channel();
-    let serve = service::serve(ShardConfig { dtype: None, quantize: None }, placement, async {
-        let _ = stopped.await;
-    });
+    let serve =
+        service::serve(ShardConfig { dtype: None, kv_cache_dtype: None, quantize: None }, placement, async {
+            let _ = stopped.await;
+        });
     (stop, tokio::spawn(serve))
 }
 
