@@ -3,7 +3,7 @@
 //! `make bench-scheduler` (or `make bench-scheduler ARGS="simulation router"`)
 //!
 //! - `simulation`: traces of conversations, played in virtual time against the scheduler's own state machine and a shard
-//!   that only says how long a step takes; beside it the same trace first come, first served and without a cache. The same
+//!   that only says how long a step takes; beside it the same trace with all requests alike and without a cache. The same
 //!   figures in every run.
 //! - `router`: a real router in its own process, a shard that answers without computing, and clients over HTTP; processor
 //!   time is the router's alone.

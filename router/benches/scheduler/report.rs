@@ -45,7 +45,7 @@ pub(crate) fn class_line(class: &str, policy: Policy, latencies: &Latencies) -> 
 
 fn name(policy: Policy) -> &'static str {
     match policy {
-        Policy::FirstComeFirstServed => "first come, first served",
+        Policy::Alike => "all alike, no cache",
         Policy::Lamplighter => "Lamplighter",
     }
 }

@@ -20,8 +20,8 @@ const MAX_NEW_TOKENS: u32 = 1024;
 /// Which scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Policy {
-    /// In the order of arrival, all alike, nothing kept.
-    FirstComeFirstServed,
+    /// In the order of arrival, all alike, nothing kept. Overtaking, and sharing a step among prompts, cannot be switched off.
+    Alike,
     /// As Lamplighter serves by default.
     Lamplighter,
 }
@@ -141,7 +141,7 @@ impl<'a> Player<'a> {
         self.contexts[session].extend(&turns[turn].tokens);
         let prompt = self.contexts[session].clone();
         let standing = match self.policy {
-            Policy::FirstComeFirstServed => Standing::default(),
+            Policy::Alike => Standing::default(),
             Policy::Lamplighter => standing.clone(),
         };
         self.num_requests += 1;
