@@ -77,7 +77,9 @@ fn slots_are_grouped_by_expert_in_order_of_rows_and_gathered_and_combined_rows_c
         for expert in 0..experts {
             for slot in routing.slots(expert) {
                 let row = &mut gathered.as_mut_slice::<f32>()[slot * cols..][..cols];
-                row.iter_mut().for_each(|value| *value *= expert as f32 + 1.0);
+                for value in row {
+                    *value *= expert as f32 + 1.0;
+                }
             }
         }
         let mut out = Tensor::zeros(rows, cols, DType::F32);

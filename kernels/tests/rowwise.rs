@@ -142,7 +142,8 @@ fn layer_norm_matches_the_reference_with_and_without_bias_and_sum() {
 
 #[test]
 fn activations_match_their_definitions_plain_and_gated() {
-    let definitions: [(Activation, fn(f64) -> f64); 5] = [
+    type Definition = (Activation, fn(f64) -> f64);
+    let definitions: [Definition; 5] = [
         (Activation::Silu, |x| x / (1.0 + (-x).exp())),
         (Activation::Gelu, |x| x * (1.0 + erf(x / 2.0_f64.sqrt())) / 2.0),
         (Activation::GeluTanh, |x| {

@@ -40,6 +40,7 @@ const OPERATIONS: [(&str, Case); 7] = [
 
 #[test]
 fn operations_on_arbitrary_shapes_are_right_and_write_nothing_else() {
+    #[expect(clippy::disallowed_methods, reason = "how long a test runs is no setting of the program")]
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let contexts = levels();
     let begin = Instant::now();
@@ -246,8 +247,9 @@ fn product(context: &Context, rng: &mut StdRng) {
     let (rows, k) = (size(rng, 24), size(rng, 90));
     let mut x = Framed::filled(rng, rows, k);
     // Where the CPU multiplies in bf16, it rounds x first.
-    let whole = x.whole.as_mut_slice::<f32>();
-    whole.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+    for value in x.whole.as_mut_slice::<f32>() {
+        *value = bf16::from_f32(*value).to_f32();
+    }
     for dtype in FLOATS {
         let outputs = [size(rng, 30), size(rng, 9)];
         let left = rng.random_range(0..=2);

@@ -163,12 +163,11 @@ impl Decoder {
             let mlp = &mut workspace.mlp;
             layer.mlp.forward(context, communicator, mlp, normed.as_view(), branch.reborrow())?;
             let (residual, branch) = (residual.reborrow(), branch.as_view());
-            match self.layers.get(index + 1) {
-                Some(next) => {
-                    next.attention_norm.add_forward(context, residual, branch, normed.reborrow())?
-                }
+            if let Some(next) = self.layers.get(index + 1) {
+                next.attention_norm.add_forward(context, residual, branch, normed.reborrow())?;
+            } else {
                 // The last norm is for the rows that get logits.
-                None => add(context, residual, branch)?,
+                add(context, residual, branch)?;
             }
         }
         Ok(())

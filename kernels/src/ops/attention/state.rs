@@ -90,7 +90,6 @@ impl<'a> State<'a> {
     }
 
     /// Whether no key has been seen.
-    #[expect(clippy::float_cmp, reason = "the values of a state that nothing was added to")]
     fn is_empty(&self) -> bool {
         self.max() == f32::NEG_INFINITY && self.total() == 0.0
     }
