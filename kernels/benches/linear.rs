@@ -42,7 +42,7 @@ fn main() {
     let clock = Clock::for_threads(threads);
     let read = read_gb_per_s(&context);
     let peak = clock.gflop_per_s(&context, |repeats| multiply_adds(level, repeats));
-    let dots_peak = (level == Level::Avx512Bf16).then(|| clock.gflop_per_s(&context, dots)).unwrap_or(peak);
+    let dots_peak = if level == Level::Avx512Bf16 { clock.gflop_per_s(&context, dots) } else { peak };
     println!(
         "{threads} threads, {level:?}: {read:.1} GB/s read, GFLOP/s: {peak:.0} f32, {dots_peak:.0} bf16"
     );

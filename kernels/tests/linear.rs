@@ -39,7 +39,7 @@ fn reference(level: Level, x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
     let mut out = Vec::new();
     for row in 0..x.rows() {
         let x = row_f64(x, row);
-        let rounded: Vec<f64> = x.iter().map(|&x| bf16::from_f64(x).to_f64()).collect();
+        let rounded: Vec<f64> = x.iter().map(|&x| bf16::from_f32(x as f32).to_f64()).collect();
         for part in parts {
             let x = if rounds_x(level, part.weight) { &rounded } else { &x };
             for n in 0..part.weight.rows() {
@@ -89,9 +89,16 @@ fn tolerance(k: usize) -> f64 {
 fn all_layouts_and_odd_sizes_match_the_reference_at_every_level() {
     let mut rng = rng(1);
     for (level, context) in named_levels() {
-        for (rows, n, k) in
-            [(1, 1, 1), (1, 8, 16), (2, 5, 17), (3, 33, 100), (7, 3, 515), (16, 40, 96), (70, 35, 1100)]
-        {
+        for (rows, n, k) in [
+            (1, 1, 1),
+            (1, 8, 16),
+            (2, 5, 17),
+            (3, 33, 100),
+            (7, 3, 515),
+            (16, 40, 96),
+            (70, 35, 1100),
+            (19, 9, 5000),
+        ] {
             let weights = Layouts::random(&mut rng, n, k);
             let bias = tensor(&mut rng, 1, n, DType::F32);
             let x = tensor(&mut rng, rows, k, DType::F32);
@@ -170,7 +177,7 @@ fn int8_weights_are_the_nearest_multiples_of_the_greatest_magnitude_over_128() {
                 let got = f64::from(got.cast_signed());
                 // A quotient near a half may be rounded to it in f32; 128 is beyond the type.
                 assert!(
-                    (quotient - got).abs() <= 0.500_01 || (got == 127.0 && quotient > 127.0),
+                    (quotient - got).abs() <= 0.500_01 || (got > 126.5 && quotient > 127.0),
                     "{quotient}: {got}"
                 );
             }

@@ -1,8 +1,11 @@
 //! Few rows (decode): the weights are used as they lie in memory, lanes along k, sums in registers.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
 use super::Block;
 use super::format::Format;
-use super::input::RowTile;
+use super::input::{Input, RowTile};
 use crate::simd::{Kernel, LANES, Lanes, Simd};
 
 /// Up to this many rows the weights are read this way; above, it pays to turn them into a panel first.
@@ -17,22 +20,78 @@ pub(super) fn tile_rows(wide: bool) -> usize {
 const PREFETCH_BYTES: usize = 8 << 10;
 const LINE_BYTES: usize = 64;
 
+/// Of x, what is used over and over lies in an L1 cache of 32 KiB or more.
+const X_BYTES: usize = 24 << 10;
+/// Outputs whose sums are kept while a part of k is multiplied; all tiles' numbers of outputs divide it.
+const GROUP: usize = 96;
+
+thread_local! {
+    /// Sums of a group of outputs, to be carried on by the next part of k.
+    static CARRIED: RefCell<Vec<Lanes>> = const { RefCell::new(Vec::new()) };
+}
+
 /// All rows of a block. Where there are several tiles of rows, the weights come from memory once, while those before are in
 /// use.
 #[inline(always)]
 pub(super) fn few_rows<S: Simd, F: Format>(simd: S, block: &Block<F>) {
-    let num_tiles = block.x.num_tiles();
-    let mut output = 0;
-    while output < block.num_outputs {
-        let most_rows = block.x.tile(num_tiles - 1).num_rows;
-        let num_outputs = tile_outputs::<S>(most_rows, block.num_outputs - output);
-        for time in 0..num_tiles {
-            let rows = block.x.tile(time);
-            let prefetch = Prefetch { times_used: num_tiles, time };
-            Tile { block, output, rows, prefetch }.call(simd, num_outputs);
+    // A closure is a function of its own, which the instruction set does not reach but by a call.
+    CARRIED.with_borrow_mut(|carried| simd.call(Groups { block, carried }));
+}
+
+struct Groups<'a, F: Format> {
+    block: &'a Block<F>,
+    carried: &'a mut Vec<Lanes>,
+}
+
+impl<F: Format> Kernel for Groups<'_, F> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { block, carried } = self;
+        let Input { rows, k, .. } = block.x;
+        let num_tiles = block.x.num_tiles();
+        let part_len = part_len::<F>(rows, k);
+        if part_len < k && carried.is_empty() {
+            carried.resize(GROUP * MOST_ROWS, Lanes::ZERO);
         }
-        output += num_outputs;
+        for first in (0..block.num_outputs).step_by(GROUP) {
+            let last = block.num_outputs.min(first + GROUP);
+            for start in (0..k.max(1)).step_by(part_len) {
+                let part = start..k.min(start + part_len);
+                let mut output = first;
+                while output < last {
+                    let most_rows = block.x.tile(num_tiles - 1).num_rows;
+                    let num_outputs = tile_outputs::<S>(most_rows, last - output);
+                    for time in 0..num_tiles {
+                        let rows_of_tile = block.x.tile(time);
+                        let place = (output - first) * rows + num_outputs * rows_of_tile.row;
+                        let tile = Tile {
+                            block,
+                            output,
+                            rows: rows_of_tile,
+                            part: part.clone(),
+                            carried: carried.as_mut_ptr().wrapping_add(place),
+                            prefetch: Prefetch { times_used: num_tiles, time },
+                        };
+                        tile.call(simd, num_outputs);
+                    }
+                    output += num_outputs;
+                }
+            }
+        }
     }
+}
+
+/// Elements of k that are multiplied with a group of outputs before the next: all where x is small, or read seldom enough
+/// to come from the L2 cache.
+fn part_len<F: Format>(rows: usize, k: usize) -> usize {
+    /// Whole cache lines and vectors of any type.
+    const MULTIPLE: usize = 64;
+    const FEW: usize = 4;
+    let x_bytes = rows * k.div_ceil(F::PER_STEP) * size_of::<Lanes>();
+    if rows <= FEW || x_bytes <= X_BYTES * 4 / 3 {
+        return k.max(1);
+    }
+    (X_BYTES / (rows * size_of::<Lanes>()) * F::PER_STEP).next_multiple_of(MULTIPLE)
 }
 
 /// Outputs of the next tile: as many as there are registers for.
@@ -61,6 +120,10 @@ struct Tile<'a, F: Format> {
     block: &'a Block<F>,
     output: usize,
     rows: RowTile,
+    /// Of k.
+    part: Range<usize>,
+    /// Its sums: those of the part before, or to be carried on by the next.
+    carried: *mut Lanes,
     prefetch: Prefetch,
 }
 
@@ -101,12 +164,23 @@ struct Sized<'a, F: Format, const OUTPUTS: usize, const ROWS: usize>(Tile<'a, F>
 impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F, OUTPUTS, ROWS> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Tile { block, output, rows, prefetch } = self.0;
-        let (k, stride) = (block.x.k, block.weight_stride);
-        // SAFETY: the block has these outputs.
-        let weights = unsafe { block.weights.add(output * stride) };
+        let Tile { block, output, rows, part, carried, prefetch } = self.0;
+        let (k, stride) = (part.len(), block.weight_stride);
+        // SAFETY: the block has these outputs; the part begins within x and the weights.
+        let (weights, mut x) = unsafe {
+            let x = rows.x.add(part.start / F::PER_STEP * ROWS * LANES);
+            (block.weights.add(output * stride + part.start), x)
+        };
         let line = LINE_BYTES / size_of::<F::Element>();
         let mut sums = [[simd.splat(0.0); ROWS]; OUTPUTS];
+        if part.start > 0 {
+            for (output, sums) in sums.iter_mut().enumerate() {
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: there is a place for each; written after the part before.
+                    *sum = unsafe { simd.load(carried.add(output * ROWS + row).cast()) };
+                }
+            }
+        }
         // Element of a row that is asked for next. Used once: somewhat ahead, and at the row's end, in the row that the next
         // tile has at its place. Used several times: a part of that row each time.
         let next_tile = OUTPUTS * stride;
@@ -117,7 +191,6 @@ impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F,
             }
             times => (next_tile + prefetch.time * k / times, usize::MAX),
         };
-        let mut x = rows.x;
         let mut at = 0;
         while at + line <= k {
             if at == wrap_at {
@@ -145,6 +218,15 @@ impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F,
                 x = x.add(ROWS * LANES);
             }
             at += F::PER_STEP;
+        }
+        if part.end < block.x.k {
+            for (output, sums) in sums.iter().enumerate() {
+                for (row, &sum) in sums.iter().enumerate() {
+                    // SAFETY: there is a place for each.
+                    unsafe { simd.store(carried.add(output * ROWS + row).cast(), sum) }
+                }
+            }
+            return;
         }
         // By way of memory of their own: the sums stay in registers only if each is named by a constant.
         let mut lanes = [[Lanes::ZERO; ROWS]; OUTPUTS];
@@ -187,8 +269,8 @@ unsafe fn step<S: Simd, F: Format, const OUTPUTS: usize, const ROWS: usize>(
     for row in 0..ROWS {
         // SAFETY: the caller's promise.
         let x = unsafe { simd.load(x.add(row * LANES)) };
-        for output in 0..OUTPUTS {
-            sums[output][row] = F::mul_add(simd, loaded[output], x, sums[output][row]);
+        for (sums, weight) in sums.iter_mut().zip(loaded) {
+            sums[row] = F::mul_add(simd, weight, x, sums[row]);
         }
     }
 }

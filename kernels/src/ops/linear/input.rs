@@ -135,7 +135,8 @@ impl Prepare<'_> {
         let mut pairs = [bf16::ZERO; 2 * LANES];
         // SAFETY: within the row; a vector and its second half are asked for as far as the row goes.
         unsafe {
-            let from = self.x.ptr.cast::<f32>().add((self.tile.row + row) * self.x.row_stride + start);
+            let x: *const f32 = self.x.ptr.cast();
+            let from = x.add((self.tile.row + row) * self.x.row_stride + start);
             if self.form.per_lane == 1 {
                 return f32::load_part(simd, from, left.min(LANES));
             }

@@ -19,8 +19,12 @@ pub(super) const OUTPUTS: usize = 2 * LANES;
 /// Levels of the tree of sixteen lanes.
 const LEVELS: usize = LANES.ilog2() as usize;
 
-/// Part of a panel that all rows use before the next part, so that it stays in an L2 cache of 512 KiB or more.
+/// Part of the panels that all rows use before the next part, so that it stays in an L2 cache of 512 KiB or more.
 const PART_BYTES: usize = 256 << 10;
+
+/// Panels that are used together where one has several parts, so that the rows, which do not stay in a cache then, are read
+/// the less often.
+const PANELS: usize = 4;
 
 /// Working memory of a thread, kept.
 struct Scratch {
@@ -52,27 +56,41 @@ impl<F: Format> Kernel for Panels<'_, F> {
         let panel_vectors = if S::WIDE { 2 } else { 1 };
         let panel_outputs = panel_vectors * LANES;
         let panel_len = block.x.steps * panel_outputs;
-        let parts = (panel_len * size_of::<Lanes>()).div_ceil(PART_BYTES).next_power_of_two().min(LANES);
+        let panel_bytes = panel_len * size_of::<Lanes>();
+        let panels = if panel_bytes <= 2 * PART_BYTES { 1 } else { PANELS };
+        let parts = (panels * panel_bytes).div_ceil(PART_BYTES).next_power_of_two().min(LANES);
         // With one part, a tile is done before the next begins.
         let kept_rows = if parts == 1 { S::PANEL_ROWS } else { block.x.rows };
-        grow(&mut scratch.panel, panel_len);
-        grow(&mut scratch.nodes, kept_rows * panel_vectors * LEVELS);
-        let panel = scratch.panel.as_mut_ptr();
-        for output in (0..block.num_outputs).step_by(panel_outputs) {
-            let num_outputs = panel_outputs.min(block.num_outputs - output);
-            for vector in 0..panel_vectors {
-                let (output, left) = (output + vector * LANES, num_outputs.saturating_sub(vector * LANES));
-                let num_outputs = left.min(LANES);
-                simd.call(Turn { block, output, num_outputs, panel, vector, panel_vectors });
+        let kept_len = kept_rows * panel_vectors * LEVELS;
+        grow(&mut scratch.panel, panels * panel_len);
+        grow(&mut scratch.nodes, panels * kept_len);
+        for first in (0..block.num_outputs).step_by(panels * panel_outputs) {
+            let outputs = (first..block.num_outputs).step_by(panel_outputs).take(panels);
+            for (i, output) in outputs.clone().enumerate() {
+                let panel = scratch.panel[i * panel_len..].as_mut_ptr();
+                for vector in 0..panel_vectors {
+                    let output = output + vector * LANES;
+                    let num_outputs = block.num_outputs.saturating_sub(output).min(LANES);
+                    simd.call(Turn { block, output, num_outputs, panel, vector, panel_vectors });
+                }
             }
             for part in 0..parts {
                 let leaves = part * LANES / parts..(part + 1) * LANES / parts;
                 for tile in 0..block.x.num_tiles() {
-                    let rows = block.x.tile(tile);
-                    let kept = if parts == 1 { 0 } else { rows.row * panel_vectors * LEVELS };
-                    let nodes = scratch.nodes[kept..].as_mut_ptr();
-                    Tile { block, panel, output, num_outputs, rows, leaves: leaves.clone(), nodes }
-                        .call(simd);
+                    for (i, output) in outputs.clone().enumerate() {
+                        let rows = block.x.tile(tile);
+                        let kept = if parts == 1 { 0 } else { rows.row * panel_vectors * LEVELS };
+                        let tile = Tile {
+                            block,
+                            panel: scratch.panel[i * panel_len..].as_ptr(),
+                            output,
+                            num_outputs: panel_outputs.min(block.num_outputs - output),
+                            rows,
+                            leaves: leaves.clone(),
+                            nodes: scratch.nodes[i * kept_len + kept..].as_mut_ptr(),
+                        };
+                        tile.call(simd);
+                    }
                 }
             }
         }

@@ -111,9 +111,10 @@ impl Int8Weight {
         };
         context.parallel_for(outputs.len().div_ceil(ROWS_PER_TASK), |task| {
             let mut row = vec![0.0; k];
-            for n in task * ROWS_PER_TASK..outputs.len().min((task + 1) * ROWS_PER_TASK) {
+            let first = task * ROWS_PER_TASK;
+            for (n, output) in outputs.iter().enumerate().skip(first).take(ROWS_PER_TASK) {
                 widen_row(dense.view(), n, &mut row);
-                let mut output = outputs[n].lock().unwrap_or_else(PoisonError::into_inner);
+                let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
                 let (values, scale) = &mut *output;
                 if let Err(k) = quantize_row(&row, values, scale) {
                     *refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some((n, k, row[k]));
