@@ -33,6 +33,15 @@ impl Context {
         Self::cpu_with_level(num_threads, Level::detect())
     }
 
+    /// As [`Context::cpu`], for results in full f32: where the CPU multiplies bf16 by itself, [`Context::cpu`] rounds
+    /// activations to bf16 before they are multiplied with bf16 weights; this one never does.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    pub fn cpu_with_f32_activations(num_threads: usize) -> Self {
+        Self::cpu_with_level(num_threads, Level::detect_f32_activations())
+    }
+
     /// As [`Context::cpu`], with chosen vector instructions, for tests that compare them.
     ///
     /// # Panics

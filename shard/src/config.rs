@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 /// Settings of all shards of a group. Flags and environment variables have the names that TGI gave them.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 pub struct ShardConfig {
-    /// Element type of weights. Those that it represents exactly are still used in place as they are stored
-    /// [default: the checkpoint's]
+    /// Element type of weights, and precision in which they are multiplied. Weights that it represents exactly are still
+    /// used in place as they are stored. Where the CPU multiplies bfloat16 by itself, activations are rounded to it before
+    /// they meet bfloat16 weights; float32 keeps them whole [default: the checkpoint's]
     #[arg(long, env = "DTYPE", value_enum)]
     pub dtype: Option<Dtype>,
 

@@ -55,6 +55,12 @@ impl Level {
         Self::ALL.into_iter().rfind(|level| level.is_available()).unwrap_or(Level::Portable)
     }
 
+    /// The best of this CPU among those that keep activations in f32 whatever the weights' type.
+    pub fn detect_f32_activations() -> Self {
+        let keeps = |level: &Self| level.is_available() && *level != Level::Avx512Bf16;
+        Self::ALL.into_iter().rfind(keeps).unwrap_or(Level::Portable)
+    }
+
     /// Whether this CPU (and its system) has it.
     pub fn is_available(self) -> bool {
         match self {

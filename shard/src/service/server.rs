@@ -19,7 +19,7 @@ use tonic_health::server::HealthReporter;
 
 use super::shard::ShardService;
 use super::socket::Socket;
-use crate::config::{ShardConfig, ShardPlacement};
+use crate::config::{Dtype, ShardConfig, ShardPlacement};
 use crate::engine::{Engine, EngineEvents, EngineHandle, spawn};
 use crate::models::{self, LoadOptions};
 use crate::weights::Partition;
@@ -77,7 +77,11 @@ fn check(placement: &ShardPlacement) -> anyhow::Result<()> {
 /// Runs on the engine's thread.
 fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engine> {
     let ShardPlacement { model_dir, rank, world_size, .. } = placement;
-    let context = Context::cpu(placement.num_threads.unwrap_or_else(|| default_threads(*world_size)));
+    let num_threads = placement.num_threads.unwrap_or_else(|| default_threads(*world_size));
+    let context = match config.dtype {
+        Some(Dtype::Float32) => Context::cpu_with_f32_activations(num_threads),
+        _ => Context::cpu(num_threads),
+    };
     let options = LoadOptions {
         dtype: config.dtype,
         kv_cache_dtype: config.kv_cache_dtype,

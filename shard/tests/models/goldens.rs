@@ -38,6 +38,32 @@ fn logits_are_those_of_transformers() {
     }
 }
 
+/// How far transformers itself is off the logits of `llama_bf16` in bf16, by prompt (see the goldens' README).
+const TRANSFORMERS_IN_BF16: [f32; 2] = [0.20, 0.41];
+
+#[test]
+fn products_of_bf16_are_closer_to_the_reference_than_transformers_is_in_bf16() {
+    let mut rank = Rank::alone(&golden_dir("llama_bf16")).with_products_of_its_cpu();
+    for ((prompt, expected), tolerance) in golden("llama_bf16").into_iter().zip(TRANSFORMERS_IN_BF16) {
+        let logits = rank.prompt(&prompt.token_ids);
+        assert_close("llama_bf16", &logits[logits.len() - expected.len()..], &expected, tolerance);
+    }
+}
+
+#[test]
+fn a_sequence_gets_the_bits_of_one_alone_with_products_of_bf16_too() {
+    let mut rank = Rank::alone(&golden_dir("llama_bf16")).with_products_of_its_cpu();
+    let prompts: Vec<_> = golden("llama_bf16").into_iter().map(|(prompt, _)| prompt.token_ids).collect();
+    let alone: Vec<_> = prompts.iter().map(|prompt| rank.prompt(prompt)).collect();
+    let whole = |sequence: usize| Chunk { sequence, start: 0, token_ids: &prompts[sequence] };
+    assert_eq!(rank.step(&[whole(0), whole(1)]), alone.concat());
+    let one_by_one = prompts[0].iter().enumerate();
+    let one_by_one = one_by_one.flat_map(|(start, id)| {
+        rank.step(&[Chunk { sequence: 0, start, token_ids: std::slice::from_ref(id) }])
+    });
+    assert_eq!(one_by_one.collect::<Vec<_>>(), alone[0]);
+}
+
 #[test]
 fn prompt_logprobs_are_those_of_transformers() {
     for name in GOLDENS {

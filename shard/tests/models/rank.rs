@@ -34,7 +34,12 @@ pub(crate) fn golden_dir(name: &str) -> PathBuf {
 
 /// Loads on two threads.
 pub(crate) fn load(dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
-    models::load(&Context::cpu(2), dir, options)
+    models::load(&context(), dir, options)
+}
+
+/// The goldens were computed in f32, activations too.
+fn context() -> Context {
+    Context::cpu_with_f32_activations(2)
 }
 
 /// The share of one of several ranks.
@@ -105,7 +110,13 @@ impl Rank {
             max_position: MAX_POSITION,
         });
         let cache = KvCache::new(&model.decoder, MAX_SEQUENCES * MAX_BLOCKS, BLOCK_SIZE, kernels::DType::F32);
-        Self { model, context: Context::cpu(2), communicator, cache }
+        Self { model, context: context(), communicator, cache }
+    }
+
+    /// Computes as a server does that was not told a type: with products of bf16 where the CPU has them.
+    pub(crate) fn with_products_of_its_cpu(mut self) -> Self {
+        self.context = Context::cpu(2);
+        self
     }
 
     /// Computes one step; the logits of all its rows.
