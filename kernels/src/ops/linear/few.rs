@@ -16,12 +16,10 @@ pub(super) fn tile_rows(wide: bool) -> usize {
     if wide { 8 } else { 3 }
 }
 
-/// Weights that are asked for ahead of their use, over the rows of a tile together, where a tile is used once.
-const PREFETCH_BYTES: usize = 8 << 10;
 const LINE_BYTES: usize = 64;
 
 /// Of x, what is used over and over lies in an L1 cache of 32 KiB or more.
-const X_BYTES: usize = 24 << 10;
+const X_BYTES: usize = 16 << 10;
 /// Outputs whose sums are kept while a part of k is multiplied; all tiles' numbers of outputs divide it.
 const GROUP: usize = 96;
 
@@ -98,7 +96,7 @@ fn part_len<F: Format>(rows: usize, k: usize) -> usize {
 #[inline(always)]
 fn tile_outputs<S: Simd>(rows: usize, left: usize) -> usize {
     let widest = match (S::WIDE, rows) {
-        (true, 1 | 2) => 8,
+        (true, 1 | 2) => 4,
         (true, 3 | 4) => 6,
         (true, 5 | 6) | (false, 1) => 4,
         (true, _) => 3,
@@ -140,8 +138,7 @@ impl<F: Format> Tile<'_, F> {
             (1, 6) if S::WIDE => simd.call(Sized::<F, 1, 6>(self)),
             (1, 7) if S::WIDE => simd.call(Sized::<F, 1, 7>(self)),
             (1, 8) if S::WIDE => simd.call(Sized::<F, 1, 8>(self)),
-            (8, 1) if S::WIDE => simd.call(Sized::<F, 8, 1>(self)),
-            (8, 2) if S::WIDE => simd.call(Sized::<F, 8, 2>(self)),
+            (4, 2) if S::WIDE => simd.call(Sized::<F, 4, 2>(self)),
             (6, 3) if S::WIDE => simd.call(Sized::<F, 6, 3>(self)),
             (6, 4) if S::WIDE => simd.call(Sized::<F, 6, 4>(self)),
             (4, 5) if S::WIDE => simd.call(Sized::<F, 4, 5>(self)),
@@ -150,12 +147,51 @@ impl<F: Format> Tile<'_, F> {
             (3, 6) if S::WIDE => simd.call(Sized::<F, 3, 6>(self)),
             (3, 7) if S::WIDE => simd.call(Sized::<F, 3, 7>(self)),
             (3, 8) if S::WIDE => simd.call(Sized::<F, 3, 8>(self)),
-            (4, 1) if !S::WIDE => simd.call(Sized::<F, 4, 1>(self)),
-            (2, 1) if !S::WIDE => simd.call(Sized::<F, 2, 1>(self)),
+            (4, 1) => simd.call(Sized::<F, 4, 1>(self)),
+            (2, 1) => simd.call(Sized::<F, 2, 1>(self)),
             (2, 2) if !S::WIDE => simd.call(Sized::<F, 2, 2>(self)),
             (2, 3) if !S::WIDE => simd.call(Sized::<F, 2, 3>(self)),
             (outputs, rows) => unreachable!("no tile of {outputs} outputs and {rows} rows"),
         }
+    }
+}
+
+/// The cache lines of the next tile's weights, row by row: memory is read fastest in one stream, not in one for each row of
+/// the tile in use.
+struct Ahead<E> {
+    line: *const E,
+    lines_per_row: usize,
+    left_in_row: usize,
+    /// From a row's end to the next one's start.
+    to_next_row: usize,
+}
+
+impl<E> Ahead<E> {
+    /// This use's part of the lines of `rows` rows, which begin at `start` and are `stride` elements apart.
+    #[inline(always)]
+    fn new(start: *const E, stride: usize, rows: usize, lines_per_row: usize, part: Prefetch) -> Self {
+        let line_len = LINE_BYTES / size_of::<E>();
+        let skipped = rows * lines_per_row * part.time / part.times_used;
+        let (row, line) = (skipped / lines_per_row.max(1), skipped % lines_per_row.max(1));
+        Self {
+            line: start.wrapping_add(row * stride + line * line_len),
+            lines_per_row,
+            left_in_row: lines_per_row - line,
+            to_next_row: stride.wrapping_sub(lines_per_row * line_len),
+        }
+    }
+
+    /// An address to ask for, which may lie behind the weights' end.
+    #[inline(always)]
+    fn next(&mut self) -> *const E {
+        let line = self.line;
+        self.line = line.wrapping_add(LINE_BYTES / size_of::<E>());
+        self.left_in_row -= 1;
+        if self.left_in_row == 0 {
+            self.left_in_row = self.lines_per_row;
+            self.line = self.line.wrapping_add(self.to_next_row);
+        }
+        line
     }
 }
 
@@ -181,25 +217,14 @@ impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F,
                 }
             }
         }
-        // Element of a row that is asked for next. Used once: somewhat ahead, and at the row's end, in the row that the next
-        // tile has at its place. Used several times: a part of that row each time.
-        let next_tile = OUTPUTS * stride;
-        let (mut ahead, wrap_at) = match prefetch.times_used {
-            1 => {
-                let ahead = PREFETCH_BYTES / OUTPUTS / size_of::<F::Element>() / line * line;
-                (ahead, k.saturating_sub(ahead).next_multiple_of(line))
-            }
-            times => (next_tile + prefetch.time * k / times, usize::MAX),
-        };
+        let next_tile = weights.wrapping_add(OUTPUTS * stride);
+        let mut ahead = Ahead::new(next_tile, stride, OUTPUTS, k.div_ceil(line), prefetch);
+        let lines_per_step = OUTPUTS.div_ceil(prefetch.times_used);
         let mut at = 0;
         while at + line <= k {
-            if at == wrap_at {
-                ahead = ahead.wrapping_add(next_tile).wrapping_sub(k);
+            for _ in 0..lines_per_step {
+                simd.prefetch(ahead.next().cast());
             }
-            for output in 0..OUTPUTS {
-                simd.prefetch(weights.wrapping_add(output * stride + ahead).cast());
-            }
-            ahead = ahead.wrapping_add(line.div_ceil(prefetch.times_used));
             for part in 0..line / F::PER_STEP {
                 // SAFETY: the line ends at k or before.
                 unsafe {
