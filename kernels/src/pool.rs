@@ -122,10 +122,11 @@ pub fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// How often a thread looks before it sleeps: about two microseconds, so that a region that follows at once finds its
-/// threads awake. None where threads would take each other's core.
+/// How often a thread looks before it sleeps: some ten microseconds, which is longer than what a decode step does on one
+/// thread between two regions, and much less than what a token takes. So threads stay awake during a step, and sleep
+/// soon after it. None where threads would take each other's core.
 fn spin_rounds(num_threads: usize) -> u32 {
-    if num_threads > 1 && num_threads <= available_cores() { 100 } else { 0 }
+    if num_threads > 1 && num_threads <= available_cores() { 2_000 } else { 0 }
 }
 
 struct Worker {

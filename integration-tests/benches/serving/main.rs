@@ -59,7 +59,9 @@ fn main() -> anyhow::Result<()> {
 
 async fn measure(name: &str, model: Model, shape: Option<(&Shape, Stored)>) {
     let start = Instant::now();
-    let stack = Stack::start(model, &["--max-total-tokens", "1024"]).await;
+    // The prompts are alike: without the cache, each is computed.
+    let flags = ["--max-total-tokens", "1024", "--prefix-caching", "false"];
+    let stack = Stack::start(model, &flags).await;
     let ready = start.elapsed();
     generate(&stack, 1, 32, 4).await;
 
