@@ -96,9 +96,8 @@ fn part_len<F: Format>(rows: usize, k: usize) -> usize {
 #[inline(always)]
 fn tile_outputs<S: Simd>(rows: usize, left: usize) -> usize {
     let widest = match (S::WIDE, rows) {
-        (true, 1 | 2) => 4,
         (true, 3 | 4) => 6,
-        (true, 5 | 6) | (false, 1) => 4,
+        (true, 1 | 2 | 5 | 6) | (false, 1) => 4,
         (true, _) => 3,
         (false, _) => 2,
     };
