@@ -8,9 +8,14 @@
 
 mod probes;
 
+use std::time::Duration;
+
 use kernels::ops::attention::{paged_attention, write_kv};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, available_cores};
 use probes::{Clock, multiply_add_gflop_per_s, read_gb_per_s};
+
+/// How long a figure is repeated; the best counts.
+const LEAST: Duration = Duration::from_millis(300);
 
 /// Heads of one layer.
 #[derive(Clone, Copy)]
@@ -117,7 +122,7 @@ impl Batch {
         };
         let mut out = Tensor::zeros(self.query.rows(), self.query.cols(), DType::F32);
         let params = AttentionParams::new((self.shape.head_dim as f32).powf(-0.5));
-        let all = Clock::for_threads(context.num_threads()).best_seconds(|| {
+        let all = Clock::for_threads(context.num_threads()).best_seconds(LEAST, || {
             for layer in &self.layers {
                 paged_attention(context, self.query.view(), layer, &batch, params, out.view_mut())
                     .expect("shapes fit");

@@ -9,12 +9,16 @@
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use candle_core::{Device, Tensor as CandleTensor};
 use half::{bf16, f16};
 use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear};
 use kernels::{Context, DType, Level, Tensor, available_cores};
+
+mod probes;
+
+use probes::{Clock, multiply_add_gflop_per_s, read_gb_per_s};
 
 /// How long a figure is repeated; the best counts.
 const LEAST: Duration = Duration::from_millis(60);
@@ -41,8 +45,8 @@ fn main() {
     let context = Context::cpu_with_level(threads, level);
     let clock = Clock::for_threads(threads);
     let read = read_gb_per_s(&context);
-    let peak = clock.gflop_per_s(&context, |repeats| multiply_adds(level, repeats));
-    let dots_peak = if level == Level::Avx512Bf16 { clock.gflop_per_s(&context, dots) } else { peak };
+    let peak = multiply_add_gflop_per_s(&context);
+    let dots_peak = if level == Level::Avx512Bf16 { gflop_per_s(clock, &context, dots) } else { peak };
     println!(
         "{threads} threads, {level:?}: {read:.1} GB/s read, GFLOP/s: {peak:.0} f32, {dots_peak:.0} bf16"
     );
@@ -83,125 +87,18 @@ impl Pad for str {
     }
 }
 
-/// What the time of a run is read from.
-#[derive(Clone, Copy)]
-enum Clock {
-    Wall,
-    Cpu,
-}
-
-impl Clock {
-    fn for_threads(threads: usize) -> Self {
-        if threads == 1 { Self::Cpu } else { Self::Wall }
-    }
-
-    fn now_seconds(self) -> f64 {
-        let clock = match self {
-            Self::Wall => libc::CLOCK_MONOTONIC,
-            Self::Cpu => libc::CLOCK_PROCESS_CPUTIME_ID,
-        };
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: writes to a `timespec`.
-        assert_eq!(unsafe { libc::clock_gettime(clock, &raw mut time) }, 0, "these clocks exist");
-        time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
-    }
-
-    /// The best of several runs, in seconds.
-    fn best_seconds(self, mut run: impl FnMut()) -> f64 {
-        let (begin, mut best) = (Instant::now(), f64::INFINITY);
-        while best.is_infinite() || begin.elapsed() < LEAST {
-            let start = self.now_seconds();
-            run();
-            best = best.min(self.now_seconds() - start);
-        }
-        best
-    }
-
-    /// Arithmetic on registers alone, on all threads: the most that it can do here. `run`: returns the operations done.
-    fn gflop_per_s(self, context: &Context, run: impl Fn(usize) -> usize + Sync) -> f64 {
-        const REPEATS: usize = 300_000;
-        let mut operations = 0;
-        let seconds = self.best_seconds(|| {
-            let done = AtomicUsize::new(0);
-            context.parallel_for(context.num_threads(), |_| {
-                done.fetch_add(run(black_box(REPEATS)), Ordering::Relaxed);
-            });
-            operations = done.into_inner();
+/// Arithmetic on registers alone, on all threads: the most that it can do here. `run`: returns the operations done.
+fn gflop_per_s(clock: Clock, context: &Context, run: impl Fn(usize) -> usize + Sync) -> f64 {
+    const REPEATS: usize = 300_000;
+    let mut operations = 0;
+    let seconds = clock.best_seconds(LEAST, || {
+        let done = AtomicUsize::new(0);
+        context.parallel_for(context.num_threads(), |_| {
+            done.fetch_add(run(black_box(REPEATS)), Ordering::Relaxed);
         });
-        operations as f64 / seconds / 1e9
-    }
-}
-
-/// Bytes per second that the threads read together, from memory far larger than the caches.
-fn read_gb_per_s(context: &Context) -> f64 {
-    let data = vec![1_u64; (512 << 20) / 8];
-    let chunks: Vec<&[u64]> = data.chunks(1 << 17).collect();
-    let pass = || {
-        Clock::for_threads(context.num_threads()).best_seconds(|| {
-            context.parallel_for(chunks.len(), |i| {
-                let mut sums = [0_u64; 16];
-                for values in chunks[i].chunks_exact(16) {
-                    sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum = sum.wrapping_add(value));
-                }
-                black_box(sums);
-            });
-        })
-    };
-    // A neighbour's noise lasts longer than one figure.
-    let seconds = (0..5).map(|_| pass()).fold(f64::INFINITY, f64::min);
-    (512 << 20) as f64 / seconds / 1e9
-}
-
-/// Returns the floating-point operations done.
-fn multiply_adds(level: Level, repeats: usize) -> usize {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the context asked for the level.
-        Level::Avx512 | Level::Avx512Bf16 => unsafe { multiply_adds_avx512(repeats) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx2 => unsafe { multiply_adds_avx2(repeats) },
-        _ => {
-            let mut sums = [1.0_f32; 64];
-            for _ in 0..repeats {
-                for sum in &mut sums {
-                    *sum = *sum * 0.5 + 1.0;
-                }
-            }
-            black_box(sums);
-            2 * 64 * repeats
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_adds_avx512(repeats: usize) -> usize {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
-    let half = black_box(_mm512_set1_ps(0.5));
-    let mut sums = [_mm512_set1_ps(1.0); 16];
-    for _ in 0..repeats {
-        for sum in &mut sums {
-            *sum = _mm512_fmadd_ps(*sum, half, half);
-        }
-    }
-    black_box(sums);
-    2 * 16 * 16 * repeats
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_adds_avx2(repeats: usize) -> usize {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
-    let half = black_box(_mm256_set1_ps(0.5));
-    let mut sums = [_mm256_set1_ps(1.0); 12];
-    for _ in 0..repeats {
-        for sum in &mut sums {
-            *sum = _mm256_fmadd_ps(*sum, half, half);
-        }
-    }
-    black_box(sums);
-    2 * 8 * 12 * repeats
+        operations = done.into_inner();
+    });
+    operations as f64 / seconds / 1e9
 }
 
 /// Products of bf16 pairs; only on CPUs that have them.
@@ -282,7 +179,7 @@ impl Weights {
         let weights = self.dense.iter().map(Weight::Dense).chain(self.int8.iter().map(Weight::Int8));
         // With many rows, reading them is a small part.
         let weights: Vec<Weight<'_>> = weights.take(if rows > 16 { 2 } else { usize::MAX }).collect();
-        let seconds = Clock::for_threads(context.num_threads()).best_seconds(|| {
+        let seconds = Clock::for_threads(context.num_threads()).best_seconds(LEAST, || {
             for &weight in &weights {
                 let part = LinearPart { weight, bias: None };
                 linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
@@ -306,7 +203,7 @@ fn beside_candle(context: &Context, rows: usize) -> (f64, f64) {
     let ones =
         |rows| CandleTensor::ones((rows, SIDE), candle_core::DType::BF16, &Device::Cpu).expect("a tensor");
     let (x, weight) = (ones(rows), ones(SIDE));
-    let candle = clock.best_seconds(|| {
+    let candle = clock.best_seconds(LEAST, || {
         black_box(x.matmul(&weight.t().expect("a matrix")).expect("shapes fit"));
     });
     (ours, candle)
