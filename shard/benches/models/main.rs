@@ -1,8 +1,9 @@
 //! Models against the machine's limits and beside other programs, in one run on one machine:
 //!
 //! `make bench` (or `cargo bench --profile release -p shard --bench models -- [135m] [0.5b] [1b] [bf16] [f16] [f32] [int8] [prefill]
-//! [decode] [long] [alone | llama.cpp | transformers] [prepare]`), which prints Markdown. Arguments leave out what they do not
-//! name: shapes, weights, workloads, other programs; `prepare` only makes the checkpoints, which takes minutes once.
+//! [decode] [long] [alone | llama.cpp | transformers] [Avx2] [prepare]`), which prints Markdown. Arguments leave out what they do
+//! not name: shapes, weights, workloads, other programs; a level of instructions (`Portable`, `Avx2`, `Avx512`, ... as
+//! [`kernels::Level`] has them) holds us, not the others, to it; `prepare` only makes the checkpoints, which takes minutes once.
 //! `make bench-peers` installs the other programs.
 //!
 //! Weights are random, in published shapes: what a step costs does not depend on what the weights say. Each figure is the
@@ -17,7 +18,7 @@ mod workload;
 
 use std::path::{Path, PathBuf};
 
-use kernels::Context;
+use kernels::{Context, Level};
 use kernels::probe::{ReadProbe, multiply_add_flops_per_s};
 
 use ours::Ours;
@@ -58,17 +59,20 @@ fn main() -> anyhow::Result<()> {
     let weights = WEIGHTS.map(|weights| weights.name);
     let kinds = Workload::KINDS;
     let peers = ["llama.cpp", "transformers", "alone"];
+    let levels = Level::ALL.map(|level| format!("{level:?}"));
+    let levels = levels.each_ref().map(String::as_str);
     if let Some(unknown) = chosen.iter().find(|name| {
-        ![&shapes[..], &weights[..], &kinds[..], &peers[..], &["prepare"]]
+        ![&shapes[..], &weights[..], &kinds[..], &peers[..], &levels[..], &["prepare"]]
             .iter()
             .any(|names| names.contains(&name.as_str()))
     }) {
         anyhow::bail!(
-            "{unknown} is none of {}, {}, {}, {}, prepare",
+            "{unknown} is none of {}, {}, {}, {}, {}, prepare",
             shapes.join(", "),
             weights.join(", "),
             kinds.join(", "),
-            peers.join(", ")
+            peers.join(", "),
+            levels.join(", ")
         );
     }
     let wants = |names: &[&str], name: &str| {
@@ -78,10 +82,13 @@ fn main() -> anyhow::Result<()> {
     let workloads: Vec<_> =
         Workload::ALL.into_iter().filter(|workload| wants(&kinds, workload.kind())).collect();
 
-    let context = Context::cpu(kernels::available_cores());
+    let best = Level::detect();
+    let level = Level::ALL.into_iter().find(|level| chosen.contains(&format!("{level:?}"))).unwrap_or(best);
+    anyhow::ensure!(level.is_available(), "this CPU lacks {level:?}; its best is {best:?}");
+    let context = Context::cpu_with_level(kernels::available_cores(), level);
     let llama_cpp = LlamaCpp::find().filter(|_| wants(&peers, peers[0]));
     let transformers = Transformers::find().filter(|_| wants(&peers, peers[1]));
-    println!("{} threads, {:?}.", context.num_threads(), kernels::Level::detect());
+    println!("{} threads, {:?}.", context.num_threads(), level);
     for (peer, is_there) in [("llama.cpp", llama_cpp.is_some()), ("transformers", transformers.is_some())] {
         if !is_there && wants(&peers, peer) {
             println!("{peer} is not installed: `make bench-peers` does it.");

@@ -40,7 +40,7 @@ impl Ours {
             max_logit_rows: 16,
             max_position: MAX_POSITION,
         });
-        let mut cache = KvCache::new(&model.decoder, NUM_BLOCKS, BLOCK_SIZE, model.dtype);
+        let mut cache = KvCache::new(&model.decoder, NUM_BLOCKS, BLOCK_SIZE, model.kv_dtype);
         fill(context, &model, &mut cache)?;
         Ok(Self { model, cache })
     }
@@ -66,14 +66,14 @@ impl Ours {
     }
 
     pub(crate) fn bytes(&self) -> ModelBytes {
-        let Model { decoder, weight_bytes, dtype, .. } = &self.model;
+        let Model { decoder, weight_bytes, kv_dtype, .. } = &self.model;
         let spec = decoder.spec();
         // Of an untied embedding single rows are read.
         let embedding = spec.vocab_size * spec.hidden_size * decoder.dtype().size_in_bytes();
         let unread = if spec.tied_head { 0 } else { embedding };
         ModelBytes {
             weights_per_step: *weight_bytes as usize - unread,
-            kv_per_token: decoder.kv_bytes_per_token(*dtype),
+            kv_per_token: decoder.kv_bytes_per_token(*kv_dtype),
         }
     }
 
