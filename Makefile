@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-scheduler check-memory soak toolchain
+.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -72,6 +72,9 @@ bench-kernels: toolchain ## Measure matrix products and attention against the ma
 
 bench-serving: build ## Measure the server through HTTP (models: make bench-serving ARGS="demo 135m 0.5b 1b")
 	$(CARGO) bench --profile release --locked --workspace --bench serving -- $(ARGS)
+
+bench-shard: build ## Measure one shard without router and HTTP (make bench-shard ARGS="135m decode=1,8 context=256")
+	$(CARGO) bench --profile release --locked --workspace --bench shard -- $(ARGS)
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)

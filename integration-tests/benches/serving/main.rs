@@ -1,6 +1,7 @@
 //! What a user waits for and what a step costs, through the real executable over HTTP:
 //!
-//! `make bench-serving` (or `cargo bench -p integration-tests --bench serving -- [demo] [135m] [0.5b] [1b] [bf16] [f16] [f32]`)
+//! `make bench-serving` (or `cargo bench -p integration-tests --bench serving -- [demo] [135m] [0.5b] [1b] [8b] [bf16] [f16] [f32]
+//! [batches=1,64,256] [--flags-of-lamplighter ...]`)
 //!
 //! For each model: seconds from start to ready, memory, time to first token, and decode speed with 1, 2, 4, 8 and 16
 //! requests at once; beside it the floor, which is the rate at which this machine reads the weights' bytes, measured in
@@ -17,7 +18,7 @@ use futures::future::join_all;
 use integration_tests::{Model, Stack};
 use serde_json::{Value, json};
 
-use synthetic::{Shape, Stored};
+use synthetic::{SHAPES, Shape, Stored};
 
 /// Tokens generated for a measurement of decode speed.
 const NEW_TOKENS: usize = 64;
@@ -26,50 +27,60 @@ const NEW_TOKENS: usize = 64;
 const STORED: [Stored; 3] = [Stored::Bf16, Stored::F16, Stored::F32];
 
 fn main() -> anyhow::Result<()> {
-    let chosen: Vec<String> =
-        std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    // cargo adds `--bench`.
+    let mut chosen: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let first_flag = chosen.iter().position(|argument| argument.starts_with("--")).unwrap_or(chosen.len());
+    let mut flags = chosen.split_off(first_flag);
+    // The prompts are alike: without the cache, each is computed.
+    flags.extend(["--max-total-tokens", "1024", "--prefix-caching", "false"].map(str::to_owned));
+    let batches = chosen.iter().find_map(|argument| argument.strip_prefix("batches="));
+    let batches: Vec<usize> =
+        batches.unwrap_or("1,2,4,8,16").split(',').map(str::parse).collect::<Result<_, _>>()?;
+    chosen.retain(|argument| !argument.starts_with("batches="));
     let wanted_type =
         |stored: &Stored| chosen.iter().any(|argument| argument.eq_ignore_ascii_case(stored.name()));
     let stored = STORED.into_iter().find(wanted_type).unwrap_or(Stored::Bf16);
     let is_model =
         |argument: &String| !STORED.iter().any(|stored| argument.eq_ignore_ascii_case(stored.name()));
     let chosen: Vec<_> = chosen.iter().filter(|argument| is_model(argument)).collect();
-    let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|argument| *argument == name);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     println!(
-        "| model | batch | tokens/s | tokens/s per request | ratio to batch 1 | of the read floor | outside of the model |"
+        "| model | batch | tokens/s | tokens/s per request | ratio to the first | of the read floor | outside of the model |"
     );
     println!("|---|---|---|---|---|---|---|");
-    if wants("demo") {
-        runtime.block_on(measure("demo", Model::Demo, None));
+    if chosen.is_empty() || chosen.iter().any(|argument| *argument == "demo") {
+        runtime.block_on(measure("demo", Model::Demo, None, &flags, &batches));
     }
-    for (name, shape) in [
-        ("135m", &synthetic::SMOLLM2_135M),
-        ("0.5b", &synthetic::QWEN25_05B),
-        ("1b", &synthetic::TINYLLAMA_1B),
-    ] {
-        if wants(name) {
+    for (index, (name, shape)) in SHAPES.into_iter().enumerate() {
+        let named = chosen.iter().any(|argument| *argument == name);
+        if named || chosen.is_empty() && index + 1 < SHAPES.len() {
             let directory = shape.write(stored, &work_directory(), &demo_checkpoint())?;
             let directory: &'static str = Box::leak(directory.display().to_string().into_boxed_str());
-            runtime.block_on(measure(shape.name, Model::Directory(directory), Some((shape, stored))));
+            let model = Model::Directory(directory);
+            runtime.block_on(measure(shape.name, model, Some((shape, stored)), &flags, &batches));
         }
     }
     Ok(())
 }
 
-async fn measure(name: &str, model: Model, shape: Option<(&Shape, Stored)>) {
+async fn measure(
+    name: &str,
+    model: Model,
+    shape: Option<(&Shape, Stored)>,
+    flags: &[String],
+    batches: &[usize],
+) {
     let start = Instant::now();
-    // The prompts are alike: without the cache, each is computed.
-    let flags = ["--max-total-tokens", "1024", "--prefix-caching", "false"];
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let stack = Stack::start(model, &flags).await;
     let ready = start.elapsed();
     generate(&stack, 1, 32, 4).await;
 
     let mut single = 0.0;
-    for batch in [1, 2, 4, 8, 16] {
+    for &batch in batches {
         let bandwidth = read_bandwidth();
         let Decode { rate, outside } = decode(&stack, batch).await;
-        if batch == 1 {
+        if single == 0.0 {
             single = rate;
         }
         let floor = shape.map_or_else(

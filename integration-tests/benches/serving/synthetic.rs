@@ -19,10 +19,12 @@ pub(crate) struct Shape {
     pub(crate) tied: bool,
     /// Query, key and value have biases: Qwen 2's architecture, else Llama's.
     pub(crate) qkv_bias: bool,
+    pub(crate) rope_theta: f64,
+    pub(crate) max_positions: usize,
 }
 
 /// The shape of SmolLM2-135M.
-pub(crate) const SMOLLM2_135M: Shape = Shape {
+const SMOLLM2_135M: Shape = Shape {
     name: "SmolLM2-135M shape",
     hidden: 576,
     layers: 30,
@@ -32,10 +34,12 @@ pub(crate) const SMOLLM2_135M: Shape = Shape {
     vocab: 49152,
     tied: true,
     qkv_bias: false,
+    rope_theta: 10_000.0,
+    max_positions: 2048,
 };
 
 /// The shape of Qwen2.5-0.5B.
-pub(crate) const QWEN25_05B: Shape = Shape {
+const QWEN25_05B: Shape = Shape {
     name: "Qwen2.5-0.5B shape",
     hidden: 896,
     layers: 24,
@@ -45,10 +49,12 @@ pub(crate) const QWEN25_05B: Shape = Shape {
     vocab: 151_936,
     tied: true,
     qkv_bias: true,
+    rope_theta: 10_000.0,
+    max_positions: 2048,
 };
 
 /// The shape of TinyLlama-1.1B.
-pub(crate) const TINYLLAMA_1B: Shape = Shape {
+const TINYLLAMA_1B: Shape = Shape {
     name: "TinyLlama-1.1B shape",
     hidden: 2048,
     layers: 22,
@@ -58,7 +64,32 @@ pub(crate) const TINYLLAMA_1B: Shape = Shape {
     vocab: 32000,
     tied: false,
     qkv_bias: false,
+    rope_theta: 10_000.0,
+    max_positions: 2048,
 };
+
+/// The shape of Llama-3.1-8B, for GPUs. Its frequencies are not scaled: that costs nothing in a step.
+const LLAMA31_8B: Shape = Shape {
+    name: "Llama-3.1-8B shape",
+    hidden: 4096,
+    layers: 32,
+    heads: 32,
+    kv_heads: 8,
+    ffn: 14336,
+    vocab: 128_256,
+    tied: false,
+    qkv_bias: false,
+    rope_theta: 500_000.0,
+    max_positions: 131_072,
+};
+
+/// By the names that command lines know them by. The last is too large for what is measured without being named.
+pub(crate) const SHAPES: [(&str, &Shape); 4] =
+    [("135m", &SMOLLM2_135M), ("0.5b", &QWEN25_05B), ("1b", &TINYLLAMA_1B), ("8b", &LLAMA31_8B)];
+
+/// Random weights are made once and then taken from this many again and again: what a step costs does not depend on it,
+/// and a file of 16 GB is made at the speed of the disk.
+const RANDOM_WEIGHTS: usize = (8 << 20) - 9;
 
 /// Element type of stored weights. All hold the same numbers, those of bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +187,7 @@ impl Shape {
             "torch_dtype": stored.torch_name(), "hidden_size": self.hidden, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "intermediate_size": self.ffn, "vocab_size": self.vocab, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": self.tied,
+            "rope_theta": self.rope_theta, "max_position_embeddings": self.max_positions, "tie_word_embeddings": self.tied,
         });
         if self.qkv_bias {
             config["architectures"] = json!(["Qwen2ForCausalLM"]);
@@ -182,19 +213,39 @@ impl Shape {
         let mut file = BufWriter::new(fs::File::create(path)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let random = self.random_weights(stored)?;
+        let mut one = Vec::new();
+        stored.write(&mut one, bf16::ONE)?;
+        let mut at = 0;
         for (name, shape) in self.tensors() {
-            let norm = name.ends_with("norm.weight");
-            for _ in 0..shape.iter().product::<usize>() {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                // Uniform in -0.035 .. 0.035: the variance of the usual initialization.
-                let value = if norm { 1.0 } else { ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.07 };
-                stored.write(&mut file, bf16::from_bits((value.to_bits() >> 16) as u16))?;
+            let mut left = shape.iter().product::<usize>() * stored.size_in_bytes();
+            if name.ends_with("norm.weight") {
+                file.write_all(&one.repeat(left / one.len()))?;
+                continue;
+            }
+            while left > 0 {
+                let piece = &random[at..random.len().min(at + left)];
+                file.write_all(piece)?;
+                left -= piece.len();
+                at = (at + piece.len()) % random.len();
             }
         }
         file.flush()?;
         Ok(())
+    }
+
+    /// Uniform in -0.035 .. 0.035: the variance of the usual initialization.
+    fn random_weights(&self, stored: Stored) -> std::io::Result<Vec<u8>> {
+        let elements = self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut bytes = Vec::new();
+        for _ in 0..RANDOM_WEIGHTS.min(elements) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let value = ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.07;
+            stored.write(&mut bytes, bf16::from_bits((value.to_bits() >> 16) as u16))?;
+        }
+        Ok(bytes)
     }
 }

@@ -23,14 +23,11 @@ use kernels::probe::{ReadProbe, multiply_add_flops_per_s};
 
 use ours::Ours;
 use peers::{LlamaCpp, Rates, Transformers};
-use synthetic::{Shape, Stored};
+use synthetic::{SHAPES, Shape, Stored};
 use workload::{Work, Workload};
 
 /// Turns of each program.
 const ROUNDS: usize = 2;
-
-const SHAPES: [(&str, &Shape); 3] =
-    [("135m", &synthetic::SMOLLM2_135M), ("0.5b", &synthetic::QWEN25_05B), ("1b", &synthetic::TINYLLAMA_1B)];
 
 /// How weights are kept.
 #[derive(Clone, Copy)]
@@ -94,7 +91,12 @@ fn main() -> anyhow::Result<()> {
             println!("{peer} is not installed: `make bench-peers` does it.");
         }
     }
-    for (name, shape) in SHAPES.into_iter().filter(|(name, _)| wants(&shapes, name)) {
+    let largest = SHAPES.len() - 1;
+    let shapes_wanted = SHAPES
+        .into_iter()
+        .enumerate()
+        .filter(|(index, (name, _))| wants(&shapes, name) && (*index < largest || chosen.iter().any(|choice| choice == name)));
+    for (_, (name, shape)) in shapes_wanted {
         for weights in WEIGHTS.into_iter().filter(|choice| wants(&weights, choice.name)) {
             let directory = shape.write(weights.stored, &work_directory(), &demo_checkpoint())?;
             if chosen.iter().any(|choice| choice == "prepare") {
