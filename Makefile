@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory soak toolchain
+.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -85,6 +85,9 @@ check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valg
 	$(CARGO) test $(CARGO_FLAGS) --workspace --test shapes --no-run
 	FUZZ_CASES=3 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=1" \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --test shapes
+
+gpu-check: toolchain ## Pack what checks and measures the CUDA half on a machine with a GPU (below 64 MB; docs/how-to/check-on-a-gpu.md)
+	integration-tests/gpu-check/pack.sh
 
 soak: build ## Random load with random disconnects for some minutes: memory, blocks, ends (make soak ARGS="10")
 	$(CARGO) bench --profile release --locked --workspace --bench soak -- $(ARGS)

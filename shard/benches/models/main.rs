@@ -18,8 +18,8 @@ mod workload;
 
 use std::path::{Path, PathBuf};
 
-use kernels::{Context, Level};
 use kernels::probe::{ReadProbe, multiply_add_flops_per_s};
+use kernels::{Context, Level};
 
 use ours::Ours;
 use peers::{LlamaCpp, Rates, Transformers};
@@ -92,10 +92,9 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let largest = SHAPES.len() - 1;
-    let shapes_wanted = SHAPES
-        .into_iter()
-        .enumerate()
-        .filter(|(index, (name, _))| wants(&shapes, name) && (*index < largest || chosen.iter().any(|choice| choice == name)));
+    let shapes_wanted = SHAPES.into_iter().enumerate().filter(|(index, (name, _))| {
+        wants(&shapes, name) && (*index < largest || chosen.iter().any(|choice| choice == name))
+    });
     for (_, (name, shape)) in shapes_wanted {
         for weights in WEIGHTS.into_iter().filter(|choice| wants(&weights, choice.name)) {
             let directory = shape.write(weights.stored, &work_directory(), &demo_checkpoint())?;
