@@ -3,8 +3,8 @@
 //! `make bench-scheduler` (or `make bench-scheduler ARGS="simulation router"`)
 //!
 //! - `simulation`: traces of conversations, played in virtual time against the scheduler's own state machine and a shard
-//!   that only says how long a step takes; beside it the same trace with all requests alike and without a cache. The same
-//!   figures in every run.
+//!   that only says how long a step takes; beside it the same trace strictly first come, first served, and with
+//!   Lamplighter's order but no cache. The same figures in every run.
 //! - `router`: a real router in its own process, a shard that answers without computing, and clients over HTTP; processor
 //!   time is the router's alone.
 #![expect(clippy::print_stdout, reason = "a benchmark's report")]

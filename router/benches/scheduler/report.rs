@@ -45,7 +45,8 @@ pub(crate) fn class_line(class: &str, policy: Policy, latencies: &Latencies) -> 
 
 fn name(policy: Policy) -> &'static str {
     match policy {
-        Policy::Alike => "all alike, no cache",
+        Policy::FirstCome => "first come, first served",
+        Policy::WithoutCache => "Lamplighter without its cache",
         Policy::Lamplighter => "Lamplighter",
     }
 }

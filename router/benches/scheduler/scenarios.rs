@@ -7,7 +7,7 @@ use crate::report;
 use crate::trace::{self, Session};
 use crate::virtual_time::{self, Policy};
 
-const POLICIES: [Policy; 2] = [Policy::Alike, Policy::Lamplighter];
+const POLICIES: [Policy; 3] = [Policy::FirstCome, Policy::WithoutCache, Policy::Lamplighter];
 
 /// Plays everything and prints it.
 pub(crate) fn run() {

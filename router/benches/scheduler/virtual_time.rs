@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use proto::units::TokenId;
-use router::scheduler::simulation::{SimulatedRequest, Simulation, SimulationLimits};
+use router::scheduler::simulation::{Order, SimulatedRequest, Simulation, SimulationLimits};
 use router::scheduler::{CacheNamespace, Sampling, Standing, TokenEvent, TokenRequest, TokenStream};
 
 use crate::machine::Machine;
@@ -20,8 +20,10 @@ const MAX_NEW_TOKENS: u32 = 1024;
 /// Which scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Policy {
-    /// In the order of arrival, all alike, nothing kept. Overtaking, and sharing a step among prompts, cannot be switched off.
-    Alike,
+    /// Strictly first come, first served, all alike, nothing kept; prompts in chunks beside the decode rows.
+    FirstCome,
+    /// Lamplighter's order without its cache.
+    WithoutCache,
     /// As Lamplighter serves by default.
     Lamplighter,
 }
@@ -89,6 +91,10 @@ impl<'a> Player<'a> {
             max_sequences: machine.max_sequences,
             steps_in_flight: machine.steps_in_flight,
             prefix_caching: policy == Policy::Lamplighter,
+            order: match policy {
+                Policy::FirstCome => Order::FirstCome,
+                Policy::WithoutCache | Policy::Lamplighter => Order::Served,
+            },
         };
         Self {
             machine,
@@ -141,8 +147,8 @@ impl<'a> Player<'a> {
         self.contexts[session].extend(&turns[turn].tokens);
         let prompt = self.contexts[session].clone();
         let standing = match self.policy {
-            Policy::Alike => Standing::default(),
-            Policy::Lamplighter => standing.clone(),
+            Policy::FirstCome => Standing::default(),
+            Policy::WithoutCache | Policy::Lamplighter => standing.clone(),
         };
         self.num_requests += 1;
         self.outcome.prompt_tokens += prompt.len();

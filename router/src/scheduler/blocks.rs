@@ -5,7 +5,8 @@ use std::collections::HashMap;
 
 use proto::units::BlockId;
 
-use super::prefix_cache::{Inserted, Match, Prefix, PrefixCache};
+use super::prefix::Prefix;
+use super::prefix_cache::{Inserted, Match, PrefixCache};
 use crate::metrics;
 
 /// The KV blocks of the shards.
@@ -179,7 +180,7 @@ mod tests {
     use proto::units::TokenId;
 
     use super::*;
-    use crate::scheduler::prefix_cache::BlockHashes;
+    use crate::scheduler::prefix::BlockHashes;
     use crate::scheduler::request::CacheNamespace;
 
     /// Tokens 0, 1, 2, … in blocks of two.

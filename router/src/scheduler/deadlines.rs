@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
-use super::state::RequestId;
+use super::event::RequestId;
 
 /// The deadlines of the requests in the house that have one.
 #[derive(Debug, Default)]

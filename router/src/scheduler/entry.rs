@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use proto::units::{SequenceId, TokenId};
 
 use super::blocks::BlockTable;
+use super::event::{RequestId, Submission};
 use super::fairness::{GENERATED_TOKEN, PROMPT_TOKEN};
-use super::prefix_cache::{BlockHashes, Match, Prefix};
+use super::prefix::{BlockHashes, Prefix};
+use super::prefix_cache::Match;
 use super::queue::Place;
 use super::request::{EndReason, Failure, Token, TokenEvent, TokenRequest};
 use super::sharing::Hold;
-use super::state::{RequestId, Submission};
 use super::token_stream::EventSender;
 use crate::metrics;
 

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use tokio::sync::{Semaphore, mpsc, watch};
 
+use super::event::{Event, RequestId, Submission};
 use super::request::{SubmitError, TokenRequest};
-use super::state::{Event, RequestId, Submission};
 use super::token_stream::{self, TokenStream};
 
 /// Whether requests are served.

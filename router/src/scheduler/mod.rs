@@ -4,17 +4,24 @@
 //! requests: it takes an event (a submission, a cancellation, an answer of the shards), applies it, and asks what to
 //! compute next. How that is decided, and how to tune it: `docs/scheduling.md`.
 
+mod advance;
 mod answer;
-mod batch;
 mod blocks;
 mod chunks;
 mod deadlines;
 mod entry;
+mod event;
 mod fairness;
 mod handle;
 mod headroom;
+mod in_flight;
+mod invariants;
+mod limits;
 mod pace;
+mod plan;
+mod planner;
 mod policy;
+mod prefix;
 mod prefix_cache;
 mod queue;
 mod rank;
@@ -24,6 +31,7 @@ mod sharing;
 pub mod simulation;
 mod start;
 mod state;
+mod step;
 mod task;
 mod token_stream;
 
@@ -40,4 +48,4 @@ pub use token_stream::TokenStream;
 pub use crate::shards::{DataType, Device};
 
 pub(crate) use answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
-pub(crate) use batch::{NewSequence, Scheduled, Step};
+pub(crate) use step::{NewSequence, Scheduled, Step};

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet, btree_m
 use std::iter::Peekable;
 use std::time::Duration;
 
+use super::event::RequestId;
 use super::fairness::{AccountId, Fairness};
 use super::rank::Rank;
-use super::state::RequestId;
 
 /// How much later a request may (effectively) come than one that it goes before for the sake of fairness. Longer than
 /// a house full of requests waits on any machine that is not badly overloaded, so that fairness decides there; and

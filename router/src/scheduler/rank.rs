@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::state::RequestId;
+use super::event::RequestId;
 
 /// A request's place in time; the lowest goes first. It never changes, so that it can be the key of a sorted map.
 ///

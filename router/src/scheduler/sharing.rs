@@ -1,8 +1,10 @@
 //! Which computed blocks a sequence takes from others, and which it gives to them.
 
-use super::batch::{Candidate, NextBlock};
 use super::entry::{Entry, Running};
-use super::state::{Coming, RequestId, Scheduler};
+use super::event::RequestId;
+use super::plan::{Candidate, NextBlock};
+use super::policy::Discipline;
+use super::state::{Coming, Scheduler};
 
 /// Steps for which a waiting request is held, as long as no block comes that it waits for. Each step computes a chunk of
 /// the prompt that is waited for, unless older prompts take the budget; so the bound is there for those, and for the
@@ -51,7 +53,10 @@ impl Scheduler {
             num_available: 0,
             has_room: entry.events.has_room(self.limits.events_per_step()),
             next_block: NextBlock::Own,
-            patience: entry.patience(),
+            patience: match self.limits.policy.discipline {
+                Discipline::Fair => entry.patience(),
+                Discipline::FirstCome => 0,
+            },
         };
         // Log-probabilities need the logits of each position, so all is computed again.
         if entry.owes_prompt_logprobs() {

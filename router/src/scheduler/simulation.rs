@@ -8,11 +8,13 @@ use proto::units::{SequenceId, TokenId};
 use tokio::sync::mpsc;
 
 use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
-use super::batch::{Budget, NewSequence, Scheduled, Step};
+use super::event::Event;
 use super::handle::SchedulerHandle;
-use super::policy::Policy;
+use super::limits::{Budget, Limits};
+use super::policy::{Discipline, Policy};
 use super::request::{EndReason, Token, TokenRequest};
-use super::state::{Event, Limits, Scheduler};
+use super::state::Scheduler;
+use super::step::{NewSequence, Scheduled, Step};
 use super::token_stream::TokenStream;
 
 /// What is simulated. Units as in the flags of the same names.
@@ -30,6 +32,18 @@ pub struct SimulationLimits {
     pub steps_in_flight: usize,
     /// `--prefix-caching`
     pub prefix_caching: bool,
+    /// Who goes first.
+    pub order: Order,
+}
+
+/// Who goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As Lamplighter serves.
+    Served,
+    /// Strictly first come, first served: prompts are computed one after the other in chunks beside the decode rows, nobody
+    /// is overtaken, and priorities and accounts count for nothing.
+    FirstCome,
 }
 
 /// A request and what the simulated model makes of it.
@@ -93,7 +107,7 @@ impl Simulation {
                 },
                 steps_in_flight: limits.steps_in_flight,
                 prefix_caching: limits.prefix_caching,
-                policy: Policy::DEFAULT,
+                policy: Policy { discipline: limits.order.discipline(), ..Policy::DEFAULT },
                 max_sampled_tokens: 1,
             }),
             handle,
@@ -182,6 +196,15 @@ impl Simulation {
         }
         self.answers.push_back(answer);
         work
+    }
+}
+
+impl Order {
+    fn discipline(self) -> Discipline {
+        match self {
+            Self::Served => Discipline::Fair,
+            Self::FirstCome => Discipline::FirstCome,
+        }
     }
 }
 

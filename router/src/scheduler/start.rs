@@ -7,10 +7,10 @@ use proto::units::TokenId;
 use proto::v1;
 use tokio::sync::watch;
 
-use super::batch::Budget;
 use super::handle::SchedulerHandle;
-use super::policy::Policy;
-use super::state::{Limits, Scheduler};
+use super::limits::{Budget, Limits};
+use super::policy::{Discipline, Policy};
+use super::state::Scheduler;
 use super::task;
 use crate::config::RouterConfig;
 use crate::shards::{self, DataType, Device, GroupInfo, ShardError};
@@ -162,6 +162,7 @@ pub async fn start(
         }),
         prefix_caching: config.prefix_caching,
         policy: Policy {
+            discipline: Discipline::Fair,
             ageing: Duration::from_millis(config.priority_ageing_ms as u64),
             request_timeout: config.request_timeout(),
             target_itl: config.target_itl_ms.map(|millis| Duration::from_millis(millis as u64)),

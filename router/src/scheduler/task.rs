@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
+use super::event::Event;
 use super::handle::Status;
 use super::request::Failure;
-use super::state::{Event, Scheduler};
+use super::state::Scheduler;
 use crate::metrics::{self, Stage};
 use crate::shards::ShardGroup;
 

@@ -9,8 +9,8 @@ use std::task::{Context, Poll, ready};
 use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::event::{Event, RequestId};
 use super::request::{Failure, TokenEvent};
-use super::state::{Event, RequestId};
 
 /// Events that wait for a reader before its request is paused: a second or two of tokens, so that a reader which
 /// pauses as long as a garbage collection or a lost packet does not cost a step.

@@ -4,9 +4,8 @@ use proto::units::TokenId;
 
 use super::house::{House, LIMITS, request, salted};
 use super::model_shard::{POISON, alone};
-use crate::scheduler::batch::Budget;
+use crate::scheduler::limits::{Budget, Limits};
 use crate::scheduler::request::{Failure, TokenRequest};
-use crate::scheduler::state::Limits;
 
 /// A system prompt of `shared` tokens, and four more tokens by which `first` differs from others.
 fn with_system_prompt(first: u32, shared: usize, max_new_tokens: u32) -> TokenRequest {

@@ -8,13 +8,15 @@ use proto::units::TokenId;
 use tokio::sync::mpsc;
 
 use super::model_shard::{ModelShard, Transcript, alone};
-use crate::scheduler::batch::{Budget, Step};
+use crate::scheduler::event::Event;
 use crate::scheduler::handle::SchedulerHandle;
+use crate::scheduler::limits::{Budget, Limits};
 use crate::scheduler::policy::Policy;
 use crate::scheduler::request::{
     CacheNamespace, Failure, Sampling, Standing, SubmitError, TokenEvent, TokenRequest,
 };
-use crate::scheduler::state::{Event, Limits, Scheduler};
+use crate::scheduler::state::Scheduler;
+use crate::scheduler::step::Step;
 use crate::scheduler::token_stream::TokenStream;
 
 pub(super) const SAMPLING: Sampling = Sampling {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use proto::units::{BlockId, SequenceId, TokenId};
 
 use crate::scheduler::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
-use crate::scheduler::batch::{NewSequence, Scheduled, Step};
+use crate::scheduler::limits::Limits;
 use crate::scheduler::request::{EndReason, Token, TokenRequest};
-use crate::scheduler::state::Limits;
+use crate::scheduler::step::{NewSequence, Scheduled, Step};
 
 /// Sampled once in a while, and ends a sequence unless `ignore_eos` is set.
 pub(super) const EOS: TokenId = TokenId(0);

@@ -6,10 +6,10 @@ use proto::units::{SequenceId, TokenId};
 use super::house::{House, LIMITS, request};
 use super::model_shard::{POISON, alone};
 use crate::scheduler::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
-use crate::scheduler::batch::Budget;
+use crate::scheduler::event::Event;
 use crate::scheduler::handle::Status;
+use crate::scheduler::limits::{Budget, Limits};
 use crate::scheduler::request::{EndReason, Failure, SubmitError, Token, TokenEvent, TokenRequest};
-use crate::scheduler::state::{Event, Limits};
 use crate::scheduler::token_stream::CAPACITY;
 
 #[test]
@@ -411,10 +411,6 @@ fn what_is_computed_in_vain_stays_small_when_blocks_are_short() {
         house.finish();
         let useful = 40 * (8 + 199);
         let vain = house.computed_tokens() - useful;
-        eprintln!(
-            "VAIN {prefix_caching} {vain} of {useful} admissions {}",
-            house.sent.iter().map(|s| s.admit.len()).sum::<usize>()
-        );
         assert!(vain < useful, "{vain} tokens in vain, {useful} of use");
         house.check_all_as_alone();
         house.check_empty();

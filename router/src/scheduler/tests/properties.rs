@@ -5,10 +5,10 @@ use proto::units::TokenId;
 
 use super::house::{House, Reader, SAMPLING};
 use super::model_shard::{POISON, alone};
-use crate::scheduler::batch::Budget;
+use crate::scheduler::event::Event;
+use crate::scheduler::limits::{Budget, Limits};
 use crate::scheduler::policy::Policy;
 use crate::scheduler::request::{CacheNamespace, Failure, Standing, TokenRequest};
-use crate::scheduler::state::{Event, Limits};
 
 #[derive(Debug, Clone)]
 enum Op {

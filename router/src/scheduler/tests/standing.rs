@@ -7,10 +7,9 @@ use proptest::prelude::*;
 
 use super::house::{House, LIMITS, request};
 use super::model_shard::{Transcript, alone};
-use crate::scheduler::batch::Budget;
+use crate::scheduler::limits::{Budget, Limits};
 use crate::scheduler::policy::Policy;
 use crate::scheduler::request::{Failure, Standing, TokenRequest};
-use crate::scheduler::state::Limits;
 
 const SECOND: Duration = Duration::from_secs(1);
 
