@@ -56,3 +56,41 @@ template <class T> __device__ __forceinline__ uint32_t pack_halves(float low, fl
   Pack<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
   return *reinterpret_cast<uint32_t*>(&pair);
 }
+
+// 16 bytes (aligned) that this kernel reads once: past the first-level cache, which they would only empty of what is read
+// again.
+__device__ __forceinline__ Pack<uint32_t, 4> load_once_16(const void* from) {
+#ifdef CUDA_ON_CPU
+  return load_pack<uint32_t, 4>(static_cast<const uint32_t*>(from));
+#else
+  Pack<uint32_t, 4> to;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to.at[0]), "=r"(to.at[1]), "=r"(to.at[2]), "=r"(to.at[3])
+               : "l"(from));
+  return to;
+#endif
+}
+
+// Four bytes chosen from eight, `low` holding bytes 0 to 3 and `high` 4 to 7: byte i is the one that nibble i names.
+__device__ __forceinline__ uint32_t choose_bytes(uint32_t low, uint32_t high, uint32_t nibbles) {
+#ifdef CUDA_ON_CPU
+  const uint64_t bytes = (static_cast<uint64_t>(high) << 32) | low;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= ((bytes >> (8 * ((nibbles >> (4 * i)) & 7))) & 0xff) << (8 * i);
+  return chosen;
+#else
+  return __byte_perm(low, high, nibbles);
+#endif
+}
+
+// 2^x with a relative error of 2^-22; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef CUDA_ON_CPU
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
