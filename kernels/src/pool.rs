@@ -1,4 +1,4 @@
-//! The threads that operations run on.
+//! The threads that work on the CPU is spread over.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -7,55 +7,29 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
-use crate::simd::Level;
-
-/// What an operation runs on: the device and, on the CPU, the threads given to this process.
+/// Threads that take the tasks of a region as they become free.
 ///
-/// One for a process; operations of one context do not overlap (a region that begins while another runs, or inside
-/// one, runs on its caller's thread alone).
-pub struct Context {
-    level: Level,
+/// Regions do not overlap: one that begins while another runs, or inside one, runs on its caller's thread alone.
+pub(crate) struct Pool {
     workers: Vec<Worker>,
     shared: Arc<Shared>,
     /// Held while a region runs.
     region: Mutex<()>,
 }
 
-impl Context {
-    /// A CPU context with `num_threads` threads (the caller's is one of them), at least one.
-    ///
-    /// The other threads sleep while there is nothing to do, and end with the context. Which vector instructions
-    /// are used is found out here.
+impl Pool {
+    /// `num_threads`, of which the caller's is one; at least one.
     ///
     /// # Panics
     /// Where the system refuses another thread.
-    pub fn cpu(num_threads: usize) -> Self {
-        Self::cpu_with_level(num_threads, Level::detect())
-    }
-
-    /// As [`Context::cpu`], for results in full f32: where the CPU multiplies bf16 by itself, [`Context::cpu`] rounds
-    /// activations to bf16 before they are multiplied with bf16 weights; this one never does.
-    ///
-    /// # Panics
-    /// Where the system refuses another thread.
-    pub fn cpu_with_f32_activations(num_threads: usize) -> Self {
-        Self::cpu_with_level(num_threads, Level::detect_f32_activations())
-    }
-
-    /// As [`Context::cpu`], with chosen vector instructions, for tests that compare them.
-    ///
-    /// # Panics
-    /// Where the CPU lacks them.
-    #[doc(hidden)]
-    pub fn cpu_with_level(num_threads: usize, level: Level) -> Self {
-        assert!(level.is_available(), "this CPU has no {level:?}");
+    pub(crate) fn new(num_threads: usize) -> Self {
         let shared = Arc::new(Shared::new(spin_rounds(num_threads)));
         let workers = (1..num_threads).map(|i| Worker::spawn(i, &shared)).collect();
-        Self { level, workers, shared, region: Mutex::new(()) }
+        Self { workers, shared, region: Mutex::new(()) }
     }
 
     /// Threads, the caller's included.
-    pub fn num_threads(&self) -> usize {
+    pub(crate) fn num_threads(&self) -> usize {
         self.workers.len() + 1
     }
 
@@ -64,7 +38,7 @@ impl Context {
     ///
     /// # Panics
     /// Where a task panics, with its payload, after the other threads have stopped.
-    pub fn parallel_for(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
+    pub(crate) fn parallel_for(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
         let helpers = self.workers.len().min(num_tasks.saturating_sub(1));
         let guard = match self.region.try_lock() {
             Ok(guard) => Some(guard),
@@ -83,28 +57,9 @@ impl Context {
             resume_unwind(payload)
         }
     }
-
-    /// Runs `task` for each of the rows, some rows at a time, or all here where they are not worth waking a thread for.
-    ///
-    /// `row_elements`: elements that a row reads or writes, weighted by what is done to them.
-    pub(crate) fn for_rows(&self, rows: usize, row_elements: usize, task: impl Fn(usize) + Sync) {
-        // About ten microseconds of one core.
-        const TASK_ELEMENTS: usize = 64 << 10;
-        let rows_per_task = (TASK_ELEMENTS / row_elements.max(1)).max(1);
-        if rows <= rows_per_task {
-            return (0..rows).for_each(task);
-        }
-        self.parallel_for(rows.div_ceil(rows_per_task), |i| {
-            (i * rows_per_task..rows.min((i + 1) * rows_per_task)).for_each(&task);
-        });
-    }
-
-    pub(crate) fn level(&self) -> Level {
-        self.level
-    }
 }
 
-impl Drop for Context {
+impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.shutdown.store(true, Ordering::Release);
         for worker in &mut self.workers {
@@ -172,7 +127,7 @@ struct Shared {
     spin_rounds: u32,
 }
 
-// SAFETY: `region` is written only by the thread that holds `Context::region`, while `helpers` is 0; helpers read it
+// SAFETY: `region` is written only by the thread that holds `Pool::region`, while `helpers` is 0; helpers read it
 // between the release of their epoch and their decrement of `helpers`. The task it points to is `Sync`.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
@@ -273,10 +228,10 @@ mod tests {
     #[test]
     fn every_task_runs_once_for_any_number_of_threads() {
         for num_threads in 0..5 {
-            let context = Context::cpu(num_threads);
+            let pool = Pool::new(num_threads);
             for num_tasks in [0, 1, 2, 3, 7, 100, 1000] {
                 let counts: Vec<AtomicU64> = (0..num_tasks).map(|_| AtomicU64::new(0)).collect();
-                context.parallel_for(num_tasks, |i| {
+                pool.parallel_for(num_tasks, |i| {
                     counts[i].fetch_add(1, Ordering::Relaxed);
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
@@ -286,15 +241,15 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_reaches_the_caller_and_the_pool_stays_usable() {
-        let context = Context::cpu(3);
+        let pool = Pool::new(3);
         for bad in [0, 5, 63] {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                context.parallel_for(64, |i| assert!(i != bad, "task {i} breaks"));
+                pool.parallel_for(64, |i| assert!(i != bad, "task {i} breaks"));
             }));
             let payload = outcome.expect_err("the panic is propagated");
             assert_eq!(payload.downcast_ref::<String>(), Some(&format!("task {bad} breaks")));
             let sum = AtomicU64::new(0);
-            context.parallel_for(10, |i| {
+            pool.parallel_for(10, |i| {
                 sum.fetch_add(i as u64, Ordering::Relaxed);
             });
             assert_eq!(sum.into_inner(), 45);
@@ -303,10 +258,10 @@ mod tests {
 
     #[test]
     fn a_region_inside_a_region_runs_on_its_own_thread() {
-        let context = Context::cpu(2);
+        let pool = Pool::new(2);
         let sum = AtomicU64::new(0);
-        context.parallel_for(8, |_| {
-            context.parallel_for(8, |i| {
+        pool.parallel_for(8, |_| {
+            pool.parallel_for(8, |i| {
                 sum.fetch_add(i as u64, Ordering::Relaxed);
             });
         });

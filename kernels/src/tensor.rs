@@ -32,6 +32,17 @@ pub enum Error {
     /// A tensor-parallel peer is gone or did not answer in time.
     #[error("{0}")]
     Collective(String),
+    /// There is no such device here, or nothing to reach it with.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The CUDA driver or one of its libraries refused.
+    #[error("{call}: {message}")]
+    Cuda {
+        /// The function or kernel that was called.
+        call: &'static str,
+        /// Its answer.
+        message: String,
+    },
     /// Reading or mapping a file.
     #[error("{context}: {source}")]
     Io {
@@ -45,6 +56,24 @@ pub enum Error {
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where memory lies. An operation wants all its operands where its [`crate::Context`] computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Memory that this process reads.
+    Host,
+    /// Memory of a GPU, which only operations reach.
+    Device,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Place::Host => "host memory",
+            Place::Device => "device memory",
+        })
+    }
+}
 
 /// A Rust type that is an element of a [`Tensor`].
 pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
@@ -73,10 +102,12 @@ enum Storage {
         layout: std::alloc::Layout,
     },
     Mapped(Arc<MappedFile>),
+    #[cfg(feature = "cuda")]
+    Device(crate::cuda::DeviceMemory),
 }
 
 // SAFETY: owned memory is reached for writing only through `&mut Tensor` that holds the only `Arc`; mapped memory is never
-// written.
+// written; device memory is reached by the device alone.
 unsafe impl Send for Storage {}
 // SAFETY: as above.
 unsafe impl Sync for Storage {}
@@ -124,12 +155,23 @@ impl Storage {
         match self {
             Storage::Owned { ptr, .. } => *ptr,
             Storage::Mapped(map) => map.bytes().as_ptr(),
+            #[cfg(feature = "cuda")]
+            Storage::Device(memory) => memory.start().as_ptr(),
+        }
+    }
+    fn place(&self) -> Place {
+        match self {
+            Storage::Owned { .. } | Storage::Mapped(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Storage::Device(_) => Place::Device,
         }
     }
     fn len(&self) -> usize {
         match self {
             Storage::Owned { size, .. } => *size,
             Storage::Mapped(map) => map.bytes().len(),
+            #[cfg(feature = "cuda")]
+            Storage::Device(memory) => memory.size(),
         }
     }
 }
@@ -202,6 +244,18 @@ impl Tensor {
         Ok(Self { storage: Arc::new(Storage::Mapped(file)), offset, dtype, rows, cols, row_stride: cols })
     }
 
+    /// A matrix without gaps in memory of a device that holds as many bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(
+        memory: crate::cuda::DeviceMemory,
+        rows: usize,
+        cols: usize,
+        dtype: DType,
+    ) -> Self {
+        assert!(rows * cols * dtype.size_in_bytes() <= memory.size(), "on_device: size");
+        Self { storage: Arc::new(Storage::Device(memory)), offset: 0, dtype, rows, cols, row_stride: cols }
+    }
+
     /// Rows `start .. start + len`, sharing the storage.
     ///
     /// # Panics
@@ -223,7 +277,7 @@ impl Tensor {
         Self { offset: self.offset + start * self.dtype.size_in_bytes(), cols: len, ..self.clone() }
     }
 
-    /// A copy in another element type (or the same).
+    /// A copy in another element type (or the same), of a matrix in host memory.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let mut out = Self::zeros(self.rows, self.cols, dtype);
         for row in 0..self.rows {
@@ -258,6 +312,10 @@ impl Tensor {
     pub fn size_in_bytes(&self) -> usize {
         self.rows * self.cols * self.dtype.size_in_bytes()
     }
+    /// Where the elements lie.
+    pub fn place(&self) -> Place {
+        self.storage.place()
+    }
     /// Whether the memory is a mapped file, not a copy.
     pub fn is_mapped(&self) -> bool {
         matches!(*self.storage, Storage::Mapped(_))
@@ -267,8 +325,9 @@ impl Tensor {
     pub fn view(&self) -> View<'_> {
         debug_assert!(self.offset + self.span_bytes() <= self.storage.len());
         View {
-            // SAFETY: `offset` lies within the storage: checked where it was made.
-            ptr: unsafe { self.storage.ptr().add(self.offset) },
+            // Of a device, it is an address that nothing follows here.
+            ptr: self.storage.ptr().wrapping_add(self.offset),
+            place: self.place(),
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
@@ -283,10 +342,16 @@ impl Tensor {
     /// Where the storage is mapped or shared with a clone.
     pub fn view_mut(&mut self) -> ViewMut<'_> {
         let storage = Arc::get_mut(&mut self.storage).expect("view_mut: storage shared with a clone");
-        let Storage::Owned { ptr, .. } = storage else { panic!("view_mut: storage is a mapped file") };
+        let place = storage.place();
+        let ptr = match storage {
+            Storage::Owned { ptr, .. } => *ptr,
+            Storage::Mapped(_) => panic!("view_mut: storage is a mapped file"),
+            #[cfg(feature = "cuda")]
+            Storage::Device(memory) => memory.start().as_ptr().cast_mut(),
+        };
         ViewMut {
-            // SAFETY: as in `view`.
-            ptr: unsafe { ptr.add(self.offset) },
+            ptr: ptr.wrapping_add(self.offset),
+            place,
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
@@ -330,6 +395,7 @@ fn span(rows: usize, cols: usize, row_stride: usize) -> usize {
 #[derive(Clone, Copy)]
 pub struct View<'a> {
     pub(crate) ptr: *const u8,
+    pub(crate) place: Place,
     pub(crate) dtype: DType,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
@@ -352,7 +418,21 @@ impl<'a> View<'a> {
         assert_eq!(data.len(), rows * cols, "View::from_slice: length");
         Self {
             ptr: data.as_ptr().cast(),
+            place: Place::Host,
             dtype: T::DTYPE,
+            rows,
+            cols,
+            row_stride: cols,
+            lifetime: PhantomData,
+        }
+    }
+    /// A matrix without gaps in device memory that the caller borrows for 'a.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(start: crate::cuda::DevicePtr, dtype: DType, rows: usize, cols: usize) -> Self {
+        Self {
+            ptr: start.as_ptr(),
+            place: Place::Device,
+            dtype,
             rows,
             cols,
             row_stride: cols,
@@ -371,6 +451,10 @@ impl<'a> View<'a> {
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+    /// Where the elements lie.
+    pub fn place(&self) -> Place {
+        self.place
+    }
     /// Rows `start .. start + len`.
     ///
     /// # Panics
@@ -378,8 +462,7 @@ impl<'a> View<'a> {
     #[must_use]
     pub fn narrow_rows(self, start: usize, len: usize) -> Self {
         assert!(start + len <= self.rows, "narrow_rows: {start}+{len} of {}", self.rows);
-        // SAFETY: within the matrix, checked above.
-        let ptr = unsafe { self.ptr.add(start * self.row_stride * self.dtype.size_in_bytes()) };
+        let ptr = self.ptr.wrapping_add(start * self.row_stride * self.dtype.size_in_bytes());
         Self { ptr, rows: len, ..self }
     }
     /// Columns `start .. start + len`.
@@ -389,8 +472,7 @@ impl<'a> View<'a> {
     #[must_use]
     pub fn narrow_cols(self, start: usize, len: usize) -> Self {
         assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
-        // SAFETY: within the matrix, checked above.
-        let ptr = unsafe { self.ptr.add(start * self.dtype.size_in_bytes()) };
+        let ptr = self.ptr.wrapping_add(start * self.dtype.size_in_bytes());
         Self { ptr, cols: len, ..self }
     }
     /// One row.
@@ -402,6 +484,9 @@ impl<'a> View<'a> {
         self.narrow_rows(row, 1).into_slice::<T>()
     }
     /// One row, converted.
+    ///
+    /// # Panics
+    /// Where the row is outside or not in host memory.
     pub fn row_f32(self, row: usize) -> Result<Vec<f32>> {
         Ok(match self.dtype {
             DType::F32 => self.row::<f32>(row).to_vec(),
@@ -410,12 +495,21 @@ impl<'a> View<'a> {
             dtype => return Err(Error::DType { op: "row_f32", dtype, supported: "f32, f16, bf16" }),
         })
     }
+    /// One row, whatever its elements are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn row_bytes(self, row: usize) -> &'a [u8] {
+        assert!(row < self.rows && self.place == Place::Host, "row_bytes: {row} of {}", self.rows);
+        let size = self.dtype.size_in_bytes();
+        // SAFETY: within the matrix, checked above; elements of all types are initialized bytes.
+        unsafe { std::slice::from_raw_parts(self.ptr.add(row * self.row_stride * size), self.cols * size) }
+    }
     /// All elements of a contiguous matrix.
     ///
     /// # Panics
-    /// Where `T` is not the element type or rows have gaps.
+    /// Where `T` is not the element type, rows have gaps, or the elements are not in host memory.
     pub fn into_slice<T: Element>(self) -> &'a [T] {
         assert_eq!(self.dtype, T::DTYPE, "element type");
+        assert_eq!(self.place, Place::Host, "only operations reach device memory: download it first");
         assert!(self.rows <= 1 || self.row_stride == self.cols, "rows have gaps");
         // SAFETY: the constructors ensure `rows * cols` initialized elements at an aligned address for 'a.
         unsafe { std::slice::from_raw_parts(self.ptr.cast::<T>(), self.rows * self.cols) }
@@ -425,6 +519,7 @@ impl<'a> View<'a> {
 /// A matrix to write: pointer, shape, row stride, element type.
 pub struct ViewMut<'a> {
     pub(crate) ptr: *mut u8,
+    pub(crate) place: Place,
     pub(crate) dtype: DType,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
@@ -447,6 +542,7 @@ impl<'a> ViewMut<'a> {
         assert_eq!(data.len(), rows * cols, "ViewMut::from_slice: length");
         Self {
             ptr: data.as_mut_ptr().cast(),
+            place: Place::Host,
             dtype: T::DTYPE,
             rows,
             cols,
@@ -466,6 +562,10 @@ impl<'a> ViewMut<'a> {
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+    /// Where the elements lie.
+    pub fn place(&self) -> Place {
+        self.place
+    }
     /// A shorter borrow.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
         ViewMut { lifetime: PhantomData, ..*self }
@@ -474,6 +574,7 @@ impl<'a> ViewMut<'a> {
     pub fn as_view(&self) -> View<'_> {
         View {
             ptr: self.ptr,
+            place: self.place,
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
@@ -488,8 +589,7 @@ impl<'a> ViewMut<'a> {
     #[must_use]
     pub fn narrow_rows(self, start: usize, len: usize) -> Self {
         assert!(start + len <= self.rows, "narrow_rows: {start}+{len} of {}", self.rows);
-        // SAFETY: within the matrix, checked above.
-        let ptr = unsafe { self.ptr.add(start * self.row_stride * self.dtype.size_in_bytes()) };
+        let ptr = self.ptr.wrapping_add(start * self.row_stride * self.dtype.size_in_bytes());
         Self { ptr, rows: len, ..self }
     }
     /// Columns `start .. start + len`.
@@ -499,8 +599,7 @@ impl<'a> ViewMut<'a> {
     #[must_use]
     pub fn narrow_cols(self, start: usize, len: usize) -> Self {
         assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
-        // SAFETY: within the matrix, checked above.
-        let ptr = unsafe { self.ptr.add(start * self.dtype.size_in_bytes()) };
+        let ptr = self.ptr.wrapping_add(start * self.dtype.size_in_bytes());
         Self { ptr, cols: len, ..self }
     }
     /// One row, for writing.
@@ -514,9 +613,10 @@ impl<'a> ViewMut<'a> {
     /// All elements of a contiguous matrix, for writing.
     ///
     /// # Panics
-    /// Where `T` is not the element type or rows have gaps.
+    /// Where `T` is not the element type, rows have gaps, or the elements are not in host memory.
     pub fn into_slice<T: Element>(self) -> &'a mut [T] {
         assert_eq!(self.dtype, T::DTYPE, "element type");
+        assert_eq!(self.place, Place::Host, "only operations reach device memory: download it first");
         assert!(self.rows <= 1 || self.row_stride == self.cols, "rows have gaps");
         // SAFETY: the constructors ensure `rows * cols` initialized elements, borrowed exclusively for 'a.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast::<T>(), self.rows * self.cols) }

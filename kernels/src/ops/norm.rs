@@ -1,13 +1,18 @@
 //! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467) and layer normalization (Ba et al. 2016,
 //! arXiv:1607.06450).
 
-use super::operands::{SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix};
+use super::operands::{SharedRows, f32_vector, matrix, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::simd::{Float, Kernel, Simd, spans};
 use crate::{Context, Result, Tensor, View, ViewMut};
 
-/// `out = x / rms(x) * weight`, row by row. `x`, `out`: f32 `[rows, cols]`; `weight`: f32 `[1, cols]`.
+#[cfg(feature = "cuda")]
+mod cuda;
+
+/// `out = x / rms(x) * weight`, row by row. `x`: f32 `[rows, cols]`; `weight`: f32 `[1, cols]`; `out`: as `x`, on a GPU also
+/// f16 or bf16.
 pub fn rms_norm(context: &Context, x: View<'_>, weight: &Tensor, eps: f32, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "rms_norm";
+    on_cuda!(context, |device| cuda::rms_norm(device, x, weight, eps, out));
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
     require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
@@ -21,7 +26,8 @@ pub fn rms_norm(context: &Context, x: View<'_>, weight: &Tensor, eps: f32, out: 
     Ok(())
 }
 
-/// `residual += x; out = rms_norm(residual)`. All f32 `[rows, cols]`; `weight`: f32 `[1, cols]`.
+/// `residual += x; out = rms_norm(residual)`. All f32 `[rows, cols]`, `x` and `out` on a GPU also f16 or bf16; `weight`: f32
+/// `[1, cols]`.
 pub fn add_rms_norm(
     context: &Context,
     residual: ViewMut<'_>,
@@ -31,6 +37,7 @@ pub fn add_rms_norm(
     out: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "add_rms_norm";
+    on_cuda!(context, |device| cuda::add_rms_norm(device, residual, x, weight, eps, out));
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
     require_f32_matrix(OP, "residual", matrix_mut(&residual), (rows, cols))?;
@@ -46,10 +53,11 @@ pub fn add_rms_norm(
     Ok(())
 }
 
-/// RMS normalization of each head by itself, in place (query-key norm). `x`: f32 `[rows, heads * head_dim]`; `weight`:
-/// f32 `[1, head_dim]`.
+/// RMS normalization of each head by itself, in place (query-key norm). `x`: f32 `[rows, heads * head_dim]`, on
+/// a GPU also f16 or bf16; `weight`: f32 `[1, head_dim]`.
 pub fn rms_norm_heads(context: &Context, x: ViewMut<'_>, weight: &Tensor, eps: f32) -> Result<()> {
     const OP: &str = "rms_norm_heads";
+    on_cuda!(context, |device| cuda::rms_norm_heads(device, x, weight, eps));
     let (rows, cols, head_dim) = (x.rows(), x.cols(), weight.cols());
     require_f32_matrix(OP, "x", matrix_mut(&x), (rows, cols))?;
     require(OP, head_dim > 0 && cols.is_multiple_of(head_dim), || {
@@ -77,7 +85,8 @@ pub struct LayerNormWeights<'a> {
     pub eps: f32,
 }
 
-/// `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, row by row. `x`, `out`: f32 `[rows, cols]`.
+/// `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, row by row. `x`: f32 `[rows, cols]`; `out`: as `x`,
+/// on a GPU also f16 or bf16.
 pub fn layer_norm(
     context: &Context,
     x: View<'_>,
@@ -85,6 +94,7 @@ pub fn layer_norm(
     out: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "layer_norm";
+    on_cuda!(context, |device| cuda::layer_norm(device, x, weights, out));
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
     require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
@@ -100,7 +110,7 @@ pub fn layer_norm(
     Ok(())
 }
 
-/// `residual += x; out = layer_norm(residual)`. All f32 `[rows, cols]`.
+/// `residual += x; out = layer_norm(residual)`. All f32 `[rows, cols]`, `x` and `out` on a GPU also f16 or bf16.
 pub fn add_layer_norm(
     context: &Context,
     mut residual: ViewMut<'_>,
@@ -108,6 +118,7 @@ pub fn add_layer_norm(
     weights: LayerNormWeights<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
+    on_cuda!(context, |device| cuda::add_layer_norm(device, residual, x, weights, out));
     super::activation::add(context, residual.reborrow(), x)?;
     layer_norm(context, residual.as_view(), weights, out)
 }

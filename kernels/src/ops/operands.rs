@@ -2,7 +2,19 @@
 
 use std::marker::PhantomData;
 
-use crate::{DType, Error, Result, Tensor, View, ViewMut};
+use crate::{DType, Error, Place, Result, Tensor, View, ViewMut};
+
+/// `on_cuda!(context, |device| cuda::add(device, x, y))` in an operation: what is done, and returned, where the context
+/// computes on a GPU. Nothing in a build without CUDA.
+macro_rules! on_cuda {
+    ($context:expr, |$device:ident| $call:expr) => {
+        #[cfg(feature = "cuda")]
+        if let Some($device) = $context.device() {
+            return $call;
+        }
+    };
+}
+pub(crate) use on_cuda;
 
 /// Refuses with a shape error unless `holds`.
 pub(crate) fn require(op: &'static str, holds: bool, message: impl FnOnce() -> String) -> Result<()> {
@@ -13,7 +25,10 @@ pub(crate) fn require(op: &'static str, holds: bool, message: impl FnOnce() -> S
 pub(crate) fn require_dtype(op: &'static str, dtype: DType, expected: DType) -> Result<()> {
     let supported = match expected {
         DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
         DType::U32 => "u32",
+        DType::U8 => "u8",
         _ => "another",
     };
     if dtype == expected { Ok(()) } else { Err(Error::DType { op, dtype, supported }) }
@@ -32,50 +47,94 @@ pub(crate) fn require_float(op: &'static str, dtype: DType) -> Result<()> {
     }
 }
 
-/// A vector `[1, len]` of f32 as a slice.
+/// Refuses an operand that is not where the operation computes.
+pub(crate) fn require_place(op: &'static str, name: &str, place: Place, expected: Place) -> Result<()> {
+    require(op, place == expected, || {
+        format!("{name} lies in {place}, expected in {expected}: upload it, or make it with Context::zeros")
+    })
+}
+
+/// What is asked of an operand.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    place: Place,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+}
+
+impl Matrix {
+    fn require(self, op: &'static str, name: &str, place: Place, (rows, cols): (usize, usize)) -> Result<()> {
+        require_place(op, name, self.place, place)?;
+        require(op, self.rows == rows && self.cols == cols, || {
+            format!("{name} is [{}, {}], expected [{rows}, {cols}]", self.rows, self.cols)
+        })
+    }
+}
+
+/// Place, element type and shape of an operand.
+pub(crate) fn matrix(view: View<'_>) -> Matrix {
+    Matrix { place: view.place(), dtype: view.dtype(), rows: view.rows(), cols: view.cols() }
+}
+
+/// As [`matrix`], of an output.
+pub(crate) fn matrix_mut(view: &ViewMut<'_>) -> Matrix {
+    matrix(view.as_view())
+}
+
+/// A vector `[1, len]` of f32 in host memory as a slice.
 pub(crate) fn f32_vector<'a>(
     op: &'static str,
     name: &str,
     tensor: &'a Tensor,
     len: usize,
 ) -> Result<&'a [f32]> {
-    require_dtype(op, tensor.dtype(), DType::F32)?;
-    require(op, tensor.rows() == 1 && tensor.cols() == len, || {
-        format!("{name} is [{}, {}], expected [1, {len}]", tensor.rows(), tensor.cols())
-    })?;
+    require_f32_matrix(op, name, matrix(tensor.view()), (1, len))?;
     Ok(tensor.as_slice())
 }
 
-/// A vector `[1, len]` of u32 as a slice.
+/// A vector `[1, len]` of u32 in host memory as a slice.
 pub(crate) fn u32_vector<'a>(op: &'static str, name: &str, view: View<'a>, len: usize) -> Result<&'a [u32]> {
     require_dtype(op, view.dtype(), DType::U32)?;
-    require(op, view.rows() == 1 && view.cols() == len, || {
-        format!("{name} is [{}, {}], expected [1, {len}]", view.rows(), view.cols())
-    })?;
+    matrix(view).require(op, name, Place::Host, (1, len))?;
     Ok(view.into_slice())
 }
 
-/// Refuses unless the matrix is f32 `[rows, cols]`.
+/// Refuses unless the matrix is f32 `[rows, cols]` in host memory.
 pub(crate) fn require_f32_matrix(
     op: &'static str,
     name: &str,
-    (dtype, actual_rows, actual_cols): (DType, usize, usize),
-    (rows, cols): (usize, usize),
+    matrix: Matrix,
+    shape: (usize, usize),
 ) -> Result<()> {
-    require_dtype(op, dtype, DType::F32)?;
-    require(op, actual_rows == rows && actual_cols == cols, || {
-        format!("{name} is [{actual_rows}, {actual_cols}], expected [{rows}, {cols}]")
-    })
+    require_dtype(op, matrix.dtype, DType::F32)?;
+    matrix.require(op, name, Place::Host, shape)
 }
 
-/// Element type and shape, for [`require_f32_matrix`].
-pub(crate) fn matrix(view: View<'_>) -> (DType, usize, usize) {
-    (view.dtype(), view.rows(), view.cols())
+/// Refuses unless the matrix is `[rows, cols]` of this element type in device memory.
+#[cfg(feature = "cuda")]
+pub(crate) fn require_on_device(
+    op: &'static str,
+    name: &str,
+    matrix: Matrix,
+    dtype: DType,
+    shape: (usize, usize),
+) -> Result<()> {
+    require_dtype(op, matrix.dtype, dtype)?;
+    matrix.require(op, name, Place::Device, shape)
 }
 
-/// As [`matrix`], of an output.
-pub(crate) fn matrix_mut(view: &ViewMut<'_>) -> (DType, usize, usize) {
-    (view.dtype(), view.rows(), view.cols())
+/// A vector `[1, len]` of this element type in device memory.
+#[cfg(feature = "cuda")]
+pub(crate) fn device_vector<'a>(
+    op: &'static str,
+    name: &str,
+    tensor: &'a Tensor,
+    dtype: DType,
+    len: usize,
+) -> Result<View<'a>> {
+    require_on_device(op, name, matrix(tensor.view()), dtype, (1, len))?;
+    Ok(tensor.view())
 }
 
 /// The rows of an f32 output, shared by the tasks of a region that write disjoint parts of it.

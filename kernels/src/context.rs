@@ -1,0 +1,247 @@
+//! What operations run on: a device, and the threads given to this process.
+
+use std::marker::PhantomData;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+#[cfg(feature = "cuda")]
+use crate::cuda::Device;
+use crate::pool::Pool;
+use crate::simd::Level;
+use crate::{DType, Element, Error, Place, Result, Tensor, View};
+
+/// What an operation runs on: the device and, for what the CPU computes, the threads given to this process.
+///
+/// One for a process; operations of one context do not overlap. On a GPU they are only queued, and done one after the
+/// other: [`Context::download`] and [`Context::synchronize`] wait.
+pub struct Context {
+    level: Level,
+    pool: Pool,
+    #[cfg(feature = "cuda")]
+    device: Option<Arc<Device>>,
+}
+
+/// Memory of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// What can still be allocated, by this process or another.
+    pub free_bytes: usize,
+    /// All of it.
+    pub total_bytes: usize,
+}
+
+impl Context {
+    /// A CPU context with `num_threads` threads (the caller's is one of them), at least one.
+    ///
+    /// The other threads sleep while there is nothing to do, and end with the context. Which vector instructions
+    /// are used is found out here.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    pub fn cpu(num_threads: usize) -> Self {
+        Self::cpu_with_level(num_threads, Level::detect())
+    }
+
+    /// As [`Context::cpu`], for results in full f32: where the CPU multiplies bf16 by itself, [`Context::cpu`] rounds
+    /// activations to bf16 before they are multiplied with bf16 weights; this one never does.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    pub fn cpu_with_f32_activations(num_threads: usize) -> Self {
+        Self::cpu_with_level(num_threads, Level::detect_f32_activations())
+    }
+
+    /// As [`Context::cpu`], with chosen vector instructions, for tests that compare them.
+    ///
+    /// # Panics
+    /// Where the CPU lacks them.
+    #[doc(hidden)]
+    pub fn cpu_with_level(num_threads: usize, level: Level) -> Self {
+        assert!(level.is_available(), "this CPU has no {level:?}");
+        Self {
+            level,
+            pool: Pool::new(num_threads),
+            #[cfg(feature = "cuda")]
+            device: None,
+        }
+    }
+
+    /// The GPU `ordinal` (from 0, among those that CUDA shows to this process), with `num_threads` threads for what the
+    /// CPU does beside it. An error says what is missing: a build with CUDA, the driver, the device, a newer one.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize, num_threads: usize) -> Result<Self> {
+        let device = Some(Arc::new(Device::open(ordinal)?));
+        Ok(Self { device, ..Self::cpu(num_threads) })
+    }
+
+    /// An error: this build is without CUDA.
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda(_ordinal: usize, _num_threads: usize) -> Result<Self> {
+        Err(Error::Unavailable(
+            "this executable was built without CUDA: build it with `make build-cuda`, or compute on the CPU"
+                .into(),
+        ))
+    }
+
+    /// Where operations expect their operands.
+    pub fn place(&self) -> Place {
+        #[cfg(feature = "cuda")]
+        if self.device.is_some() {
+            return Place::Device;
+        }
+        Place::Host
+    }
+
+    /// What it computes on, for people.
+    pub fn device_name(&self) -> String {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            return device.name();
+        }
+        format!("CPU, {:?}", self.level)
+    }
+
+    /// The type of activations with weights of this type (of 8-bit weights: the type of the unquantized ones): f32 on the
+    /// CPU, the weights' own on a GPU.
+    pub fn activation_dtype(&self, weights: DType) -> DType {
+        match self.place() {
+            Place::Host => DType::F32,
+            Place::Device => weights,
+        }
+    }
+
+    /// A zeroed matrix where operations expect it.
+    pub fn zeros(&self, rows: usize, cols: usize, dtype: DType) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            let memory = device.zeros(rows * cols * dtype.size_in_bytes())?;
+            return Ok(Tensor::on_device(memory, rows, cols, dtype));
+        }
+        Ok(Tensor::zeros(rows, cols, dtype))
+    }
+
+    /// The matrix where operations expect it: on the CPU the same one, used in place; on a GPU a copy without gaps
+    /// between rows. It may still be under way: operations come behind it.
+    pub fn upload(&self, tensor: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (Some(device), Place::Host) = (self.device(), tensor.place()) {
+            let memory = device.upload(&self.pool, tensor.view())?;
+            return Ok(Tensor::on_device(memory, tensor.rows(), tensor.cols(), tensor.dtype()));
+        }
+        Ok(tensor.clone())
+    }
+
+    /// Copies a matrix to `out`, row by row without gaps, when all operations queued so far are done.
+    pub fn download<T: Element>(&self, view: View<'_>, out: &mut [T]) -> Result<()> {
+        const OP: &str = "download";
+        if view.dtype() != T::DTYPE {
+            return Err(Error::DType { op: OP, dtype: view.dtype(), supported: "that of the output" });
+        }
+        if out.len() != view.rows() * view.cols() {
+            let message = format!(
+                "the matrix is [{}, {}], the output has {} elements",
+                view.rows(),
+                view.cols(),
+                out.len()
+            );
+            return Err(Error::Shape { op: OP, message });
+        }
+        #[cfg(feature = "cuda")]
+        if let (Some(device), Place::Device) = (self.device(), view.place()) {
+            return device.download(view, out);
+        }
+        for row in 0..if view.cols() == 0 { 0 } else { view.rows() } {
+            out[row * view.cols()..][..view.cols()].copy_from_slice(view.row::<T>(row));
+        }
+        Ok(())
+    }
+
+    /// Waits until all operations queued so far are done, and tells of an error in one of them.
+    pub fn synchronize(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            return device.stream().synchronize();
+        }
+        Ok(())
+    }
+
+    /// Memory of the device; none on the CPU.
+    pub fn device_memory(&self) -> Result<Option<MemoryUse>> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            return device.memory_use().map(Some);
+        }
+        Ok(None)
+    }
+
+    /// Until the guard is dropped, allocating device memory and copying to it other than through
+    /// [`crate::Staging`] is an error: what a step would wait for.
+    pub fn freeze(&self) -> Frozen<'_> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            device.stream().freeze();
+        }
+        Frozen { context: self, not_sent: PhantomData }
+    }
+
+    /// Threads, the caller's included.
+    pub fn num_threads(&self) -> usize {
+        self.pool.num_threads()
+    }
+
+    /// Runs `task(0) .. task(num_tasks - 1)`, spread over the threads as they become free, and returns when all are
+    /// done. Allocates nothing. A region that begins while another runs, or inside one, runs on its caller's thread alone.
+    ///
+    /// # Panics
+    /// Where a task panics, with its payload, after the other threads have stopped.
+    pub fn parallel_for(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
+        self.pool.parallel_for(num_tasks, task);
+    }
+
+    /// Runs `task` for each of the rows, some rows at a time, or all here where they are not worth waking a thread for.
+    ///
+    /// `row_elements`: elements that a row reads or writes, weighted by what is done to them.
+    pub(crate) fn for_rows(&self, rows: usize, row_elements: usize, task: impl Fn(usize) + Sync) {
+        // About ten microseconds of one core.
+        const TASK_ELEMENTS: usize = 64 << 10;
+        let rows_per_task = (TASK_ELEMENTS / row_elements.max(1)).max(1);
+        if rows <= rows_per_task {
+            return (0..rows).for_each(task);
+        }
+        self.parallel_for(rows.div_ceil(rows_per_task), |i| {
+            (i * rows_per_task..rows.min((i + 1) * rows_per_task)).for_each(&task);
+        });
+    }
+
+    pub(crate) fn level(&self) -> Level {
+        self.level
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(&self) -> Option<&Arc<Device>> {
+        self.device.as_ref()
+    }
+}
+
+/// See [`Context::freeze`].
+#[must_use = "frozen only until it is dropped"]
+pub struct Frozen<'a> {
+    context: &'a Context,
+    /// A step is one thread's.
+    not_sent: PhantomData<*const ()>,
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let Self { context, not_sent: PhantomData } = self;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = context.device() {
+            device.stream().thaw();
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = context;
+    }
+}
