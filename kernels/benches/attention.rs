@@ -11,7 +11,7 @@ mod probes;
 use std::time::Duration;
 
 use kernels::ops::attention::{paged_attention, write_kv};
-use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, available_cores};
+use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, View, available_cores};
 use probes::{Clock, multiply_add_gflop_per_s, read_gb_per_s};
 
 /// How long a figure is repeated; the best counts.
@@ -94,9 +94,10 @@ impl Batch {
         let num_slots = num_blocks * BLOCK_SIZE;
         let kv = Tensor::from_slice(&values(num_slots * kv_heads * head_dim), num_slots, kv_heads * head_dim);
         let slots: Vec<u32> = (0..num_slots as u32).collect();
+        let slots = View::from_slice(&slots, 1, num_slots);
         let layers = (0..LAYERS).map(|_| {
             let mut layer = KvLayer::new(num_blocks, kv_heads, BLOCK_SIZE, head_dim, dtype);
-            write_kv(context, kv.view(), kv.view(), &slots, &mut layer).expect("shapes fit");
+            write_kv(context, kv.view(), kv.view(), slots, &mut layer).expect("shapes fit");
             layer
         });
         let (query_rows, query_cols) = (sequences * rows, kv_heads * group * head_dim);
@@ -114,12 +115,12 @@ impl Batch {
 
     /// Of one layer.
     fn seconds(&self, context: &Context) -> f64 {
-        let batch = AttentionBatch {
-            query_starts: &self.query_starts,
-            kv_lens: &self.kv_lens,
-            block_tables: &self.block_tables,
-            max_blocks: self.max_blocks,
-        };
+        let batch = AttentionBatch::from_slices(
+            &self.query_starts,
+            &self.kv_lens,
+            &self.block_tables,
+            self.max_blocks,
+        );
         let mut out = Tensor::zeros(self.query.rows(), self.query.cols(), DType::F32);
         let params = AttentionParams::new((self.shape.head_dim as f32).powf(-0.5));
         let all = Clock::for_threads(context.num_threads()).best_seconds(LEAST, || {

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
-use kernels::ops::attention::{paged_attention, write_kv};
-use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Tensor};
+use kernels::ops::attention::{self, paged_attention};
+use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Result, Tensor, View};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -36,6 +36,17 @@ impl Features {
     fn sink(head: usize) -> f32 {
         head as f32 * 0.7 - 1.0
     }
+}
+
+/// With slots as they are here.
+fn write_kv(
+    context: &Context,
+    keys: View<'_>,
+    values: View<'_>,
+    slots: &[u32],
+    cache: &mut KvLayer,
+) -> Result<()> {
+    attention::write_kv(context, keys, values, View::from_slice(slots, 1, slots.len()), cache)
 }
 
 /// Sequences whose keys and values lie in a cache, in blocks in no order.
@@ -95,12 +106,7 @@ impl Cached {
         let rows = query.len() / cols;
         let query = Tensor::from_slice(&query, rows, cols);
         let mut out = Tensor::zeros(rows, cols, DType::F32);
-        let batch = AttentionBatch {
-            query_starts: &starts,
-            kv_lens: &kv_lens,
-            block_tables: &tables,
-            max_blocks: self.max_blocks,
-        };
+        let batch = AttentionBatch::from_slices(&starts, &kv_lens, &tables, self.max_blocks);
         let heads = cols / self.shape.head_dim;
         let slopes: Vec<f32> = (0..heads).map(Features::slope).collect();
         let sinks: Vec<f32> = (0..heads).map(Features::sink).collect();
@@ -300,12 +306,8 @@ fn check_rounding(
     for (row, &slot) in slots.iter().enumerate() {
         let query = Tensor::zeros(1, data.cols(), DType::F32);
         let mut out = Tensor::zeros(1, data.cols(), DType::F32);
-        let batch = AttentionBatch {
-            query_starts: &[0, 1],
-            kv_lens: &[slot + 1],
-            block_tables: &table,
-            max_blocks: 4,
-        };
+        let kv_lens = [slot + 1];
+        let batch = AttentionBatch::from_slices(&[0, 1], &kv_lens, &table, 4);
         let params = AttentionParams { window: Some(1), ..AttentionParams::new(1.0) };
         paged_attention(context, query.view(), layer, &batch, params, out.view_mut()).expect("shapes fit");
         for (&got, &value) in out.as_slice::<f32>().iter().zip(data.view().row::<f32>(row)) {
@@ -322,12 +324,8 @@ fn operands_that_do_not_fit_are_refused() {
     let mut cache = KvLayer::new(4, 2, 16, 8, DType::F16);
     let good = tensor(&mut rng(5), 3, 32, DType::F32);
     let mut out = Tensor::zeros(3, 32, DType::F32);
-    let batch = AttentionBatch {
-        query_starts: &[0, 1, 3],
-        kv_lens: &[20, 2],
-        block_tables: &[0, 1, 3, 0],
-        max_blocks: 2,
-    };
+    let vector = |values: &'static [u32]| View::from_slice(values, 1, values.len());
+    let batch = AttentionBatch::from_slices(&[0, 1, 3], &[20, 2], &[0, 1, 3, 0], 2);
     let params = AttentionParams::new(1.0);
     let mut attend = |query: &Tensor, batch: AttentionBatch<'_>| {
         paged_attention(&context, query.view(), &cache, &batch, params, out.view_mut())
@@ -336,14 +334,14 @@ fn operands_that_do_not_fit_are_refused() {
     let shape_errors = [
         attend(&Tensor::zeros(3, 24, DType::F32), batch),
         attend(&Tensor::zeros(2, 32, DType::F32), batch),
-        attend(&good, AttentionBatch { query_starts: &[0, 3], ..batch }),
-        attend(&good, AttentionBatch { query_starts: &[], kv_lens: &[], ..batch }),
-        attend(&good, AttentionBatch { query_starts: &[0, 2, 1], ..batch }),
-        attend(&good, AttentionBatch { query_starts: &[1, 1, 3], ..batch }),
-        attend(&good, AttentionBatch { kv_lens: &[20, 1], ..batch }),
-        attend(&good, AttentionBatch { kv_lens: &[33, 2], ..batch }),
-        attend(&good, AttentionBatch { block_tables: &[0, 4, 3, 0], ..batch }),
-        attend(&good, AttentionBatch { block_tables: &[0, 1, 3], ..batch }),
+        attend(&good, AttentionBatch { query_starts: vector(&[0, 3]), ..batch }),
+        attend(&good, AttentionBatch { query_starts: vector(&[]), kv_lens: vector(&[]), ..batch }),
+        attend(&good, AttentionBatch { query_starts: vector(&[0, 2, 1]), ..batch }),
+        attend(&good, AttentionBatch { query_starts: vector(&[1, 1, 3]), ..batch }),
+        attend(&good, AttentionBatch { kv_lens: vector(&[20, 1]), ..batch }),
+        attend(&good, AttentionBatch { kv_lens: vector(&[33, 2]), ..batch }),
+        attend(&good, AttentionBatch { block_tables: vector(&[0, 4, 3, 0]), ..batch }),
+        attend(&good, AttentionBatch { block_tables: vector(&[0, 1, 3]), ..batch }),
     ];
     for (i, outcome) in shape_errors.into_iter().enumerate() {
         assert!(matches!(outcome, Err(Error::Shape { .. })), "case {i}");

@@ -286,15 +286,12 @@ fn attend(context: &Context, rng: &mut StdRng) {
         let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
         let slot = |p: usize| table[p / block_size] * block_size as u32 + (p % block_size) as u32;
         let slots: Vec<u32> = (0..len).map(slot).collect();
-        write_kv(context, keys.view(), values.view(), &slots, &mut cache).expect("shapes fit");
+        write_kv(context, keys.view(), values.view(), View::from_slice(&slots, 1, len), &mut cache)
+            .expect("shapes fit");
         let query = Framed::filled(rng, rows, group * kv_cols);
         let mut out = Framed::new(rng, rows, group * kv_cols);
-        let batch = AttentionBatch {
-            query_starts: &[0, rows as u32],
-            kv_lens: &[len as u32],
-            block_tables: &table,
-            max_blocks: num_blocks,
-        };
+        let (query_starts, kv_lens) = ([0, rows as u32], [len as u32]);
+        let batch = AttentionBatch::from_slices(&query_starts, &kv_lens, &table, num_blocks);
         let params = AttentionParams { window, ..AttentionParams::new(0.3) };
         paged_attention(context, query.view(), &cache, &batch, params, out.view_mut()).expect("shapes fit");
         let rounded = |framed: &Framed| -> Vec<Vec<f64>> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use half::{bf16, f16};
 
 use super::operands::{
-    SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, unsupported_float,
+    SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
 };
 use crate::simd::{Float, LANES, Lanes};
 use crate::{Context, DType, Result, View, ViewMut};
@@ -23,16 +23,69 @@ use tile::{MAX_QUERIES, Merge, Output, Splits, Tile, Whole};
 
 /// Where the sequences of a flat batch lie. Sequence `s` owns query rows `query_starts[s] .. query_starts[s + 1]`; the
 /// last of them is position `kv_lens[s] - 1`, and each row attends to all positions up to its own.
+///
+/// The arrays lie where the context computes. What a launch depends on is told beside them, so that a GPU is not waited for;
+/// the CPU reads the arrays.
 #[derive(Clone, Copy)]
 pub struct AttentionBatch<'a> {
-    /// `num_sequences + 1` ascending row numbers, the first 0.
-    pub query_starts: &'a [u32],
-    /// Tokens of each sequence whose keys and values are in the cache, those of this step included.
-    pub kv_lens: &'a [u32],
-    /// `[num_sequences, max_blocks]`, row by row; entries behind a sequence's last block are not read.
-    pub block_tables: &'a [u32],
+    /// u32 `[1, num_sequences + 1]`: ascending row numbers, the first 0.
+    pub query_starts: View<'a>,
+    /// u32 `[1, num_sequences]`: tokens of each sequence whose keys and values are in the cache, those of this step
+    /// included. On a GPU, 0 for a row that only fills a recorded batch up, and gets zeros.
+    pub kv_lens: View<'a>,
+    /// u32 `[1, num_sequences * max_blocks]` or longer: row by row; entries behind a sequence's last block are not read.
+    pub block_tables: View<'a>,
     /// Columns of `block_tables`.
     pub max_blocks: usize,
+    /// The first sequences, so many, have one row each.
+    pub num_decodes: usize,
+    /// The most rows of a sequence.
+    pub max_query_len: usize,
+    /// No sequence has more tokens.
+    pub max_kv_len: usize,
+}
+
+impl<'a> AttentionBatch<'a> {
+    /// Of arrays in host memory.
+    pub fn from_slices(
+        query_starts: &'a [u32],
+        kv_lens: &'a [u32],
+        block_tables: &'a [u32],
+        max_blocks: usize,
+    ) -> Self {
+        let vector = |array: &'a [u32]| View::from_slice(array, 1, array.len());
+        let rows = || query_starts.windows(2).map(|ends| ends[1].saturating_sub(ends[0]) as usize);
+        Self {
+            query_starts: vector(query_starts),
+            kv_lens: vector(kv_lens),
+            block_tables: vector(block_tables),
+            max_blocks,
+            num_decodes: rows().take_while(|&rows| rows == 1).count(),
+            max_query_len: rows().max().unwrap_or(0),
+            max_kv_len: kv_lens.iter().max().map_or(0, |&len| len as usize),
+        }
+    }
+}
+
+/// The arrays of an [`AttentionBatch`] in host memory.
+#[derive(Clone, Copy)]
+struct Sequences<'a> {
+    query_starts: &'a [u32],
+    kv_lens: &'a [u32],
+    block_tables: &'a [u32],
+    max_blocks: usize,
+}
+
+impl<'a> Sequences<'a> {
+    fn of(op: &'static str, batch: &AttentionBatch<'a>) -> Result<Self> {
+        let vector = |name, view: View<'a>| u32_vector(op, name, view, view.cols());
+        Ok(Self {
+            query_starts: vector("query_starts", batch.query_starts)?,
+            kv_lens: vector("kv_lens", batch.kv_lens)?,
+            block_tables: vector("block_tables", batch.block_tables)?,
+            max_blocks: batch.max_blocks,
+        })
+    }
 }
 
 /// How scores are made: the product of query and key times `scale`, then the soft cap, then the ALiBi bias.
@@ -73,9 +126,10 @@ pub fn paged_attention(
     params: AttentionParams<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    check(query, cache, batch, &out)?;
+    let sequences = Sequences::of("paged_attention", batch)?;
+    check(query, cache, sequences, &out)?;
     check_params(query.cols() / cache.head_dim, &params)?;
-    let attention = Attention { query, cache, batch, params, out: SharedRows::new(out) };
+    let attention = Attention { query, cache, sequences, params, out: SharedRows::new(out) };
     PLAN.with_borrow_mut(|plan| {
         attention.plan(context.num_threads(), plan);
         let plan = &SharedPlan::new(plan);
@@ -88,9 +142,9 @@ pub fn paged_attention(
     Ok(())
 }
 
-fn check(query: View<'_>, cache: &KvLayer, batch: &AttentionBatch<'_>, out: &ViewMut<'_>) -> Result<()> {
+fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewMut<'_>) -> Result<()> {
     const OP: &str = "paged_attention";
-    let AttentionBatch { query_starts, kv_lens, block_tables, max_blocks } = *batch;
+    let Sequences { query_starts, kv_lens, block_tables, max_blocks } = sequences;
     let shape = (query.rows(), query.cols());
     require_f32_matrix(OP, "query", matrix(query), shape)?;
     require_f32_matrix(OP, "out", matrix_mut(out), shape)?;
@@ -152,7 +206,7 @@ fn check_params(num_heads: usize, params: &AttentionParams<'_>) -> Result<()> {
 struct Attention<'a> {
     query: View<'a>,
     cache: &'a KvLayer,
-    batch: &'a AttentionBatch<'a>,
+    sequences: Sequences<'a>,
     params: AttentionParams<'a>,
     out: SharedRows<'a>,
 }
@@ -232,19 +286,19 @@ impl<'a> Attention<'a> {
     }
 
     fn num_rows(&self, sequence: usize) -> usize {
-        (self.batch.query_starts[sequence + 1] - self.batch.query_starts[sequence]) as usize
+        (self.sequences.query_starts[sequence + 1] - self.sequences.query_starts[sequence]) as usize
     }
 
     /// Pairs of rows and visible positions, about.
     fn pairs(&self, sequence: usize) -> usize {
-        let len = self.batch.kv_lens[sequence] as usize;
+        let len = self.sequences.kv_lens[sequence] as usize;
         self.num_rows(sequence) * self.params.window.map_or(len, |window| len.min(window))
     }
 
     /// Whether waking another thread would take longer than the work.
     fn is_small(&self) -> bool {
         const MULTIPLY_ADDS: usize = 200_000;
-        let pairs: usize = (0..self.batch.kv_lens.len()).map(|sequence| self.pairs(sequence)).sum();
+        let pairs: usize = (0..self.sequences.kv_lens.len()).map(|sequence| self.pairs(sequence)).sum();
         2 * pairs * self.query.cols() < MULTIPLY_ADDS
     }
 
@@ -252,7 +306,7 @@ impl<'a> Attention<'a> {
     fn plan(&self, num_threads: usize, plan: &mut Plan) {
         const TASKS_PER_THREAD: usize = 8;
         let kv_heads = self.cache.kv_heads;
-        let num_sequences = self.batch.kv_lens.len();
+        let num_sequences = self.sequences.kv_lens.len();
         let pairs: usize = (0..num_sequences).map(|sequence| self.pairs(sequence)).sum();
         let pairs_per_task = (kv_heads * pairs).div_ceil(num_threads * TASKS_PER_THREAD).max(1);
         let (mut first_task, mut first_state, mut first_left) = (0, 0, 0);
@@ -295,7 +349,7 @@ impl<'a> Attention<'a> {
 
     /// Splits that the rows of a sequence see.
     fn splits(&self, sequence: usize) -> Range<usize> {
-        let (rows, len) = (self.num_rows(sequence), self.batch.kv_lens[sequence] as usize);
+        let (rows, len) = (self.num_rows(sequence), self.sequences.kv_lens[sequence] as usize);
         let first = self.params.window.map_or(0, |window| (len - rows + 1).saturating_sub(window));
         let size = tile::split_positions(self.cache.block_size);
         first / size..len.div_ceil(size)
@@ -316,8 +370,8 @@ impl<'a> Attention<'a> {
         let planned = &plan.sequences[sequence];
         let task = task - planned.first_task;
         let (kv_head, task) = (task % self.cache.kv_heads, task / self.cache.kv_heads);
-        let end = self.batch.query_starts[sequence + 1] as usize;
-        let start = self.batch.query_starts[sequence] as usize;
+        let end = self.sequences.query_starts[sequence + 1] as usize;
+        let start = self.sequences.query_starts[sequence] as usize;
         if planned.parts > 1 {
             let rows = Rows { sequence, first: start, len: end - start, end };
             return self.run_part::<T>(context, plan, rows, kv_head, task);
@@ -371,13 +425,13 @@ impl<'a> Attention<'a> {
     fn tile<T: Float>(&self, rows: Rows, kv_head: usize) -> Tile<'a, T> {
         let KvLayer { kv_heads, block_size, head_dim, .. } = *self.cache;
         let columns = self.group() * head_dim;
-        let kv_len = self.batch.kv_lens[rows.sequence] as usize;
+        let kv_len = self.sequences.kv_lens[rows.sequence] as usize;
         Tile {
             query: self.query.narrow_rows(rows.first, rows.len).narrow_cols(kv_head * columns, columns),
             first_position: kv_len - (rows.end - rows.first),
             keys: self.cache.keys.as_slice::<T>(),
             values: self.cache.values.as_slice::<T>(),
-            table: &self.batch.block_tables[rows.sequence * self.batch.max_blocks..],
+            table: &self.sequences.block_tables[rows.sequence * self.sequences.max_blocks..],
             kv_heads,
             kv_head,
             block_size,

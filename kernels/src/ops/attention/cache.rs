@@ -2,7 +2,9 @@
 
 use half::{bf16, f16};
 
-use super::super::operands::{matrix, require, require_f32_matrix, require_float, unsupported_float};
+use super::super::operands::{
+    matrix, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
+};
 use crate::simd::{Float, Kernel, LANES, Simd, spans};
 use crate::{Context, DType, Result, Tensor, View};
 
@@ -48,15 +50,16 @@ impl KvLayer {
 }
 
 /// Writes keys and values of a flat batch to the cache, rounded to nearest. `keys`, `values`: f32
-/// `[rows, kv_heads * head_dim]`; `slots[i]` = block id * block size + place in the block, each at most once.
+/// `[rows, kv_heads * head_dim]`; `slots`: u32 `[1, rows]`, block id * block size + place in the block, each at most once.
 pub fn write_kv(
     context: &Context,
     keys: View<'_>,
     values: View<'_>,
-    slots: &[u32],
+    slots: View<'_>,
     cache: &mut KvLayer,
 ) -> Result<()> {
     const OP: &str = "write_kv";
+    let slots = u32_vector(OP, "slots", slots, slots.cols())?;
     let shape = (slots.len(), cache.kv_heads * cache.head_dim);
     require_f32_matrix(OP, "keys", matrix(keys), shape)?;
     require_f32_matrix(OP, "values", matrix(values), shape)?;
