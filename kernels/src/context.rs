@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 use crate::cuda::Device;
+use crate::ops::operands::{require, require_place};
 use crate::pool::Pool;
 use crate::simd::Level;
 use crate::{DType, Element, Error, Place, Result, Tensor, View};
@@ -128,10 +129,35 @@ impl Context {
     pub fn upload(&self, tensor: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let (Some(device), Place::Host) = (self.device(), tensor.place()) {
-            let memory = device.upload(&self.pool, tensor.view())?;
+            let memory = device.upload(&self.pool, &[tensor.view()])?;
             return Ok(Tensor::on_device(memory, tensor.rows(), tensor.cols(), tensor.dtype()));
         }
         Ok(tensor.clone())
+    }
+
+    /// Matrices in host memory of one width and element type, one below the other, as one matrix where operations expect
+    /// it: a copy on the CPU too.
+    pub fn upload_stacked(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        let (cols, dtype) = tensors.first().map_or((0, DType::F32), |first| (first.cols(), first.dtype()));
+        let rows = tensors.iter().map(|tensor| tensor.rows()).sum();
+        for tensor in tensors {
+            require("upload_stacked", tensor.cols() == cols && tensor.dtype() == dtype, || {
+                format!("{tensor:?} below {:?}", tensors[0])
+            })?;
+            require_place("upload_stacked", "a matrix", tensor.place(), Place::Host)?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            let views: Vec<_> = tensors.iter().map(|tensor| tensor.view()).collect();
+            return Ok(Tensor::on_device(device.upload(&self.pool, &views)?, rows, cols, dtype));
+        }
+        let mut stacked = Tensor::zeros(rows, cols, dtype);
+        let mut row = 0;
+        for tensor in tensors {
+            stacked.copy_rows(row, tensor.view());
+            row += tensor.rows();
+        }
+        Ok(stacked)
     }
 
     /// Copies a matrix to `out`, row by row without gaps, when all operations queued so far are done.
@@ -140,15 +166,9 @@ impl Context {
         if view.dtype() != T::DTYPE {
             return Err(Error::DType { op: OP, dtype: view.dtype(), supported: "that of the output" });
         }
-        if out.len() != view.rows() * view.cols() {
-            let message = format!(
-                "the matrix is [{}, {}], the output has {} elements",
-                view.rows(),
-                view.cols(),
-                out.len()
-            );
-            return Err(Error::Shape { op: OP, message });
-        }
+        require(OP, out.len() == view.rows() * view.cols(), || {
+            format!("the matrix is [{}, {}], the output has {} elements", view.rows(), view.cols(), out.len())
+        })?;
         #[cfg(feature = "cuda")]
         if let (Some(device), Place::Device) = (self.device(), view.place()) {
             return device.download(view, out);

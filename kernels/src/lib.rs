@@ -27,6 +27,7 @@ pub mod ops;
 mod pool;
 #[doc(hidden)]
 pub mod probe;
+mod readback;
 mod simd;
 mod staging;
 mod tensor;
@@ -37,6 +38,7 @@ pub use context::{Context, Frozen, MemoryUse};
 pub use graph::Graph;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};
 pub use pool::available_cores;
+pub use readback::Readback;
 #[doc(hidden)]
 pub use simd::Level;
 pub use staging::Staging;

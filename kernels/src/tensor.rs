@@ -35,6 +35,9 @@ pub enum Error {
     /// There is no such device here, or nothing to reach it with.
     #[error("{0}")]
     Unavailable(String),
+    /// The device has no room left.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// The CUDA driver or one of its libraries refused.
     #[error("{call}: {message}")]
     Cuda {
@@ -376,6 +379,20 @@ impl Tensor {
         self.view_mut().into_slice::<T>()
     }
 
+    /// A copy of a matrix of the same width and element type in host memory, from `start` on.
+    pub(crate) fn copy_rows(&mut self, start: usize, from: View<'_>) {
+        assert!(self.cols == from.cols && self.dtype == from.dtype, "copy_rows: another width or type");
+        assert!(start + from.rows <= self.rows && self.row_stride == self.cols, "copy_rows: {start}");
+        let row_bytes = self.cols * self.dtype.size_in_bytes();
+        let to = self.view_mut();
+        assert_eq!(to.place, Place::Host, "copy_rows");
+        // SAFETY: contiguous rows of initialized host memory, borrowed exclusively; elements of all types are bytes.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.ptr, to.rows * row_bytes) };
+        for row in 0..from.rows {
+            to[(start + row) * row_bytes..][..row_bytes].copy_from_slice(from.row_bytes(row));
+        }
+    }
+
     fn row_mut<T: Element>(&mut self, row: usize) -> &mut [T] {
         let cols = self.cols;
         &mut self.as_mut_slice::<T>()[row * cols..(row + 1) * cols]
@@ -496,7 +513,6 @@ impl<'a> View<'a> {
         })
     }
     /// One row, whatever its elements are.
-    #[cfg(feature = "cuda")]
     pub(crate) fn row_bytes(self, row: usize) -> &'a [u8] {
         assert!(row < self.rows && self.place == Place::Host, "row_bytes: {row} of {}", self.rows);
         let size = self.dtype.size_in_bytes();

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys;
 use sys::CUdevice_attribute as Attribute;
 
+use super::cublaslt::CublasLt;
 use super::error::{check, describe};
 use super::launch::{self, Kernel};
 use super::memory::{DeviceMemory, DevicePtr};
@@ -36,6 +37,8 @@ pub(crate) struct Device {
     kernels: Mutex<HashMap<KernelKey, Kernel>>,
     scratch: Mutex<HashMap<&'static str, DeviceMemory>>,
     uploader: Mutex<Option<Uploader>>,
+    /// None within where there is no such library.
+    cublaslt: OnceLock<Option<CublasLt>>,
     /// Last: the others' memory is freed in its context.
     stream: Arc<Stream>,
 }
@@ -68,6 +71,7 @@ impl Device {
             kernels: Mutex::default(),
             scratch: Mutex::default(),
             uploader: Mutex::default(),
+            cublaslt: OnceLock::new(),
             stream,
         };
         for (name, code) in modules::MODULES {
@@ -121,22 +125,35 @@ impl Device {
         Ok(start)
     }
 
+    /// The library for large matrix products, opened when it is first asked for; none where it is not found.
+    pub(crate) fn cublaslt(&self) -> Result<Option<&CublasLt>> {
+        if let Some(opened) = self.cublaslt.get() {
+            return Ok(opened.as_ref());
+        }
+        let opened = CublasLt::open(self)?;
+        Ok(self.cublaslt.get_or_init(|| opened).as_ref())
+    }
+
     pub(crate) fn zeros(&self, size: usize) -> Result<DeviceMemory> {
         let mut memory = DeviceMemory::allocate(&self.stream, size)?;
         memory.fill_zeros()?;
         Ok(memory)
     }
 
-    pub(crate) fn upload(&self, pool: &Pool, from: View<'_>) -> Result<DeviceMemory> {
-        let size = from.rows() * from.cols() * from.dtype().size_in_bytes();
-        self.stream.require_thawed("upload", size)?;
-        let mut memory = DeviceMemory::allocate(&self.stream, size)?;
+    /// Matrices in host memory, one behind the other and without gaps between rows.
+    pub(crate) fn upload(&self, pool: &Pool, from: &[View<'_>]) -> Result<DeviceMemory> {
+        let size_of = |view: &View<'_>| view.rows() * view.cols() * view.dtype().size_in_bytes();
+        let mut memory = DeviceMemory::allocate(&self.stream, from.iter().map(size_of).sum())?;
         let mut uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner);
         let uploader = match &mut *uploader {
             Some(uploader) => uploader,
             none => none.insert(Uploader::new(&self.stream)?),
         };
-        uploader.upload(pool, from, &mut memory)?;
+        let mut offset = 0;
+        for view in from {
+            uploader.upload(pool, *view, &mut memory, offset)?;
+            offset += size_of(view);
+        }
         Ok(memory)
     }
 

@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 
 use super::error::check;
 use super::stream::Stream;
-use crate::{Error, Result};
+use crate::{Error, Place, Result, View};
 
 /// An address in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +38,7 @@ impl DeviceMemory {
             // SAFETY: the context is current; the memory is freed when `self` is dropped.
             let answer = unsafe { sys::cuMemAlloc_v2(&raw mut start, size) };
             if answer == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                let message = format!("the device has no {size} bytes left");
-                return Err(Error::Cuda { call: CALL, message });
+                return Err(Error::OutOfMemory(format!("the GPU's memory has no {size} bytes left")));
             }
             check(CALL, answer)?;
         }
@@ -133,6 +132,33 @@ impl PinnedMemory {
     }
 }
 
+impl PinnedMemory {
+    /// Its first elements.
+    pub(super) fn as_u32s(&self, len: usize) -> &[u32] {
+        assert!(len * size_of::<u32>() <= self.size, "as_u32s: {len}");
+        // SAFETY: within this memory, initialized, and aligned to pages.
+        unsafe { std::slice::from_raw_parts(self.start.cast(), len) }
+    }
+
+    /// Queues a copy of a matrix without gaps to its start.
+    ///
+    /// # Safety
+    /// Nothing reads or writes this memory until the copy is done.
+    pub(super) unsafe fn copy_from_device(&mut self, from: View<'_>) -> Result<()> {
+        let size = from.rows() * from.cols() * from.dtype().size_in_bytes();
+        assert!(from.place() == Place::Device && size <= self.size, "copy_from_device: {size} bytes");
+        assert!(from.rows() <= 1 || from.row_stride == from.cols(), "copy_from_device: rows have gaps");
+        if size == 0 {
+            return Ok(());
+        }
+        self.stream.bind()?;
+        // SAFETY: the view is of this much device memory, and this memory has room for it.
+        check("cuMemcpyDtoHAsync", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(self.start.cast(), from.ptr.addr() as u64, size, self.stream.raw())
+        })
+    }
+}
+
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
         // A copy may be under way: the driver does not wait for it.
@@ -169,6 +195,16 @@ impl Mark {
         self.stream.bind()?;
         // SAFETY: event and stream are of this context.
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, self.stream.raw()) })
+    }
+
+    /// Whether what was queued before the last `set` is done.
+    pub(super) fn is_done(&self) -> Result<bool> {
+        self.stream.bind()?;
+        // SAFETY: the event is of this context.
+        match unsafe { sys::cuEventQuery(self.event) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => check("cuEventQuery", answer).map(|()| true),
+        }
     }
 
     /// Until what was queued before the last `set` is done; returns at once where it was never set.

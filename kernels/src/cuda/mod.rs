@@ -4,6 +4,7 @@
 //! All work of a process goes through one stream, so it is done in the order in which it was queued, and memory that was
 //! used by earlier work can be used again by later work.
 
+mod cublaslt;
 mod device;
 mod error;
 mod graph;
@@ -13,8 +14,9 @@ mod staging;
 mod stream;
 mod upload;
 
+pub(crate) use cublaslt::{Operand, Product};
 pub(crate) use device::Device;
 pub(crate) use graph::Graph;
-pub(crate) use launch::Grid;
+pub(crate) use launch::{Argument, Grid};
 pub(crate) use memory::{DeviceMemory, DevicePtr};
-pub(crate) use staging::StagingBuffers;
+pub(crate) use staging::{ReadbackBuffer, StagingBuffers};

@@ -1,4 +1,4 @@
-//! A pinned buffer and its twin on the device.
+//! Pinned buffers: one with a twin on the device, for what a step reads, and one for what it has chosen.
 
 use std::sync::Arc;
 
@@ -50,5 +50,35 @@ impl StagingBuffers {
         assert!((at + len) * SIZE <= self.device.size(), "view: {at}+{len}");
         let start = DevicePtr(self.device.start().0 + (at * SIZE) as u64);
         View::on_device(start, DType::U32, 1, len)
+    }
+}
+
+/// Pinned memory that the device copies to.
+pub(crate) struct ReadbackBuffer {
+    pinned: PinnedMemory,
+    /// Behind the last copy.
+    copied: Mark,
+}
+
+impl ReadbackBuffer {
+    pub(crate) fn new(stream: &Arc<Stream>, max_elements: usize) -> Result<Self> {
+        Ok(Self { pinned: PinnedMemory::allocate(stream, max_elements * SIZE)?, copied: Mark::new(stream)? })
+    }
+
+    pub(crate) fn start(&mut self, from: View<'_>) -> Result<()> {
+        self.copied.wait()?;
+        // SAFETY: the pinned memory is read and written only behind `copied`, and waits for the stream when it is dropped.
+        unsafe { self.pinned.copy_from_device(from)? };
+        self.copied.set()
+    }
+
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        self.copied.is_done()
+    }
+
+    /// The first elements.
+    pub(crate) fn wait(&mut self, len: usize) -> Result<&[u32]> {
+        self.copied.wait()?;
+        Ok(self.pinned.as_u32s(len))
     }
 }

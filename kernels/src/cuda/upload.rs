@@ -27,7 +27,14 @@ impl Uploader {
     }
 
     /// Copies the rows of a matrix in host memory, without the gaps between them. The last copies may still be under way.
-    pub(super) fn upload(&mut self, pool: &Pool, from: View<'_>, to: &mut DeviceMemory) -> Result<()> {
+    /// `offset`: of the first, in bytes.
+    pub(super) fn upload(
+        &mut self,
+        pool: &Pool,
+        from: View<'_>,
+        to: &mut DeviceMemory,
+        offset: usize,
+    ) -> Result<()> {
         let rows = Packed::new(from);
         for start in (0..rows.len()).step_by(CHUNK_BYTES) {
             let len = CHUNK_BYTES.min(rows.len() - start);
@@ -36,7 +43,7 @@ impl Uploader {
             copied.wait()?;
             rows.copy(pool, start, &mut pinned.as_mut_slice()[..len]);
             // SAFETY: the pinned memory is written again only behind `copied`, and waits for the stream when it is dropped.
-            unsafe { to.copy_from_pinned(start, pinned, len)? };
+            unsafe { to.copy_from_pinned(offset + start, pinned, len)? };
             copied.set()?;
         }
         Ok(())
