@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory gpu-check soak toolchain
+.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -32,6 +32,14 @@ run: build ## Build and serve (flags: make run ARGS="--port 8080")
 # and compiles again what had others.
 build: toolchain ## Build the executable: target/release/lamplighter
 	$(CARGO) build $(CARGO_FLAGS) --workspace --bins
+
+cuda-toolkit: ## Install nvcc, for `make build-cuda` where CUDA is not installed: target/cuda-toolkit (270 MB)
+	PYTHON=$(PYTHON) kernels/cuda/toolkit/setup.sh target/cuda-toolkit
+
+# The same executable with code for GPUs in it; it needs neither CUDA nor a GPU to start.
+build-cuda: toolchain ## Build the executable with CUDA (nvcc: of NVCC, CUDA_HOME, PATH, or `make cuda-toolkit`)
+	@begin=$$(date +%s); $(CARGO) build $(CARGO_FLAGS) --workspace --bins --features cuda; \
+	  echo "built $(EXECUTABLE) with CUDA in $$(($$(date +%s) - begin)) s"
 
 test: build $(VENV)/installed ## Run all tests, those through the real executable and its clients too
 	$(CARGO) test $(CARGO_FLAGS) --workspace --no-fail-fast
@@ -51,6 +59,26 @@ test-aarch64: toolchain ## Test the kernels for 64-bit Arm on another machine, u
 	  $(CARGO) test $(CARGO_FLAGS) --target $(AARCH64) --package kernels --no-fail-fast -- \
 	  --skip processes_sum_and_a_killed_one_is_an_error_for_the_others
 
+# CUDA's driver and libraries for machines without a GPU, with our kernels compiled for the CPU (kernels/cuda-on-cpu). Tests
+# that are to use them get this folder as LD_LIBRARY_PATH.
+CUDA_ON_CPU := $(abspath target/cuda-on-cpu)
+
+cuda-on-cpu: ## Build the CUDA libraries that run kernels on the CPU, for tests: target/cuda-on-cpu
+	@command -v $(or $(CXX),g++) >/dev/null || { echo "g++ is not installed: the CUDA libraries for tests need it." >&2; exit 1; }
+	@$(MAKE) --no-print-directory -C kernels/cuda-on-cpu OUT=$(CUDA_ON_CPU)
+
+# Where the code for GPUs is not wanted.
+NVCC_STAND_IN := $(abspath kernels/cuda/toolkit/nvcc-stand-in.sh)
+
+check-cuda: toolchain ## Check and lint what is built with CUDA; needs neither nvcc nor a GPU
+	NVCC=$(NVCC_STAND_IN) $(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets --features cuda -- --deny warnings
+
+# The executable is built for those that drive it, and without code for GPUs: `make build-cuda` builds it again.
+test-cuda: toolchain cuda-on-cpu ## Test the CUDA half without a GPU: kernels compiled for the CPU, behind CUDA's own interface
+	NVCC=$(NVCC_STAND_IN) $(CARGO) build $(CARGO_FLAGS) --workspace --bins --features cuda
+	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) \
+	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast
+
 lint: toolchain ## Check format and lints; warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- --deny warnings
@@ -58,7 +86,7 @@ lint: toolchain ## Check format and lints; warnings are errors
 format: toolchain ## Format all Rust code
 	$(CARGO) fmt --all
 
-ci: lint test ## What continuous integration runs
+ci: lint check-cuda test test-cuda ## What continuous integration runs
 
 bench: toolchain ## Measure models against the machine's limits and other programs (a part: make bench ARGS="135m bf16 decode")
 	$(CARGO) bench --profile release --locked --workspace --bench models -- $(ARGS)
