@@ -4,23 +4,23 @@
 #include "linear.cuh"
 
 // Rows of x that share a reading of the weights.
-constexpr int ROWS = 4;
-constexpr int WARPS = 8;
+constexpr uint32_t ROWS = 4;
+constexpr uint32_t WARPS = 8;
 
 // The first `count` of `N` elements, in loads of 16 bytes where `packed` and all are there; zeros behind them.
-template <int N, class E>
+template <uint32_t N, class E>
 __device__ __forceinline__ void widen(float (&to)[N], const E* from, uint32_t count, bool packed) {
   if (packed && count >= N) {
-    constexpr int PACK = 16 / sizeof(E);
+    constexpr uint32_t PACK = 16 / sizeof(E);
 #pragma unroll
-    for (int first = 0; first < N; first += PACK) {
+    for (uint32_t first = 0; first < N; first += PACK) {
       const Pack<E, PACK> pack = load_pack<E, PACK>(from + first);
 #pragma unroll
-      for (int i = 0; i < PACK; ++i) to[first + i] = to_float(pack.at[i]);
+      for (uint32_t i = 0; i < PACK; ++i) to[first + i] = to_float(pack.at[i]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
+    for (uint32_t i = 0; i < N; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
   }
 }
 
@@ -39,11 +39,11 @@ __device__ __forceinline__ void dot(float (&sums)[ROWS], const W* weight, const 
       if (row >= rows) break;
       widen(values, x + row * x_stride + at, count, packed);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sums[row] = fmaf(weights[i], values[i], sums[row]);
+      for (uint32_t i = 0; i < N; ++i) sums[row] = fmaf(weights[i], values[i], sums[row]);
     }
   }
 #pragma unroll
-  for (int row = 0; row < ROWS; ++row) sums[row] = warp_sum(sums[row]);
+  for (uint32_t row = 0; row < ROWS; ++row) sums[row] = warp_sum(sums[row]);
 }
 
 template <class E> __device__ __forceinline__ bool is_packed(const E* matrix, uint32_t stride) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void dots(const T* x, uint32_t x_stride, uint32_t row
   const Place<W> place = place_of(parts, WARPS);
   const uint32_t output = place.first + warp_id(), first_row = blockIdx.y * ROWS;
   if (output >= place.part.n) return;
-  const uint32_t here = min(rows - first_row, static_cast<uint32_t>(ROWS));
+  const uint32_t here = min(rows - first_row, ROWS);
   float sums[ROWS] = {};
   dot(sums, place.part.weight + static_cast<size_t>(output) * place.part.stride,
       x + static_cast<size_t>(first_row) * x_stride, x_stride, here, k,
@@ -71,13 +71,13 @@ __device__ __forceinline__ void dots(const T* x, uint32_t x_stride, uint32_t row
   }
 }
 
-// One row a block in y, whose expert is the last that starts at or before it: `starts` has a start for each expert and the
-// end. Rows behind the end are left as they are. `weight`: [num_experts * n, k], `scales` (or null): of its rows.
+// Blocks: rows, outputs by WARPS. A row's expert is the last that starts at or before it: `starts` has a start for each and
+// the end. Rows behind the end are left as they are. `weight`: [num_experts * n, k], `scales` (or null): of its rows.
 template <class W, class T, class OUT>
 __device__ __forceinline__ void grouped_dots(const T* x, uint32_t x_stride, uint32_t k, const W* weight, uint32_t stride,
                                              uint32_t n, const float* scales, const uint32_t* starts,
                                              uint32_t num_experts, OUT* out, uint32_t out_stride) {
-  const uint32_t row = blockIdx.y, output = blockIdx.x * WARPS + warp_id();
+  const uint32_t row = blockIdx.x, output = blockIdx.y * WARPS + warp_id();
   if (output >= n || row >= starts[num_experts]) return;
   uint32_t expert = 0, end = num_experts;
   while (end - expert > 1) {
@@ -124,12 +124,12 @@ DOT(bf16, bf16, f32)
 DOT(i8, bf16, bf16)
 DOT(i8, bf16, f32)
 
-// Each row of out becomes the bias, or has it added: what a product is then added to. Blocks: columns by 256, rows.
+// Each row of out becomes the bias, or has it added: what a product is then added to. Blocks: rows, columns by 256.
 #define BIAS(OUT)                                                                               \
   KERNEL(linear_bias_##OUT, 256)                                                                \
   (const float* bias, OUT* out, uint32_t out_stride, uint32_t cols, uint32_t adds) {            \
-    const uint32_t col = blockIdx.x * blockDim.x + threadIdx.x;                                 \
-    if (col < cols) put(out + static_cast<size_t>(blockIdx.y) * out_stride + col, bias[col], adds != 0); \
+    const uint32_t col = blockIdx.y * blockDim.x + threadIdx.x;                                 \
+    if (col < cols) put(out + static_cast<size_t>(blockIdx.x) * out_stride + col, bias[col], adds != 0); \
   }                                                                                             \
   EXPORT(linear_bias_##OUT)
 

@@ -4,6 +4,9 @@
 //! the lanes as a tree. Tiles, panels and threads choose only *when* a product is added, never to what, so a row's
 //! result is the same to the bit in any company. Where the CPU multiplies bf16, a bf16 weight is multiplied so for any
 //! number of rows: x is rounded to bf16, sums are f32.
+//!
+//! On a GPU, x has the type of dense weights, and what a row's sums are added up from depends on the number of rows: up to 16
+//! of them give the same bits in any number, see `cuda/few.rs`.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,20 +14,26 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::operands::{
-    SharedRows, f32_vector, matrix, matrix_mut, require, require_f32_matrix, unsupported_float,
+    SharedRows, f32_vector, matrix, matrix_mut, on_cuda, require, require_f32_matrix, unsupported_float,
 };
 use crate::simd::{Kernel, Lanes, Level, Simd};
-use crate::{Context, DType, Result, Tensor, View, ViewMut};
+use crate::{Context, DType, Place, Result, Tensor, View, ViewMut};
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod few;
 mod finish;
 mod format;
+mod gated;
+mod grouped;
 mod input;
 mod many;
 mod weight;
 
 use finish::Finish;
 use format::{Bf16Pairs, Format, Widened};
+pub use gated::{GatedLinear, linear_gated};
+pub use grouped::{Experts, linear_grouped};
 use input::{Form, Input, Order};
 pub use weight::{Int8Weight, Weight};
 
@@ -56,6 +65,9 @@ thread_local! {
 /// up) over weights that lie apart in the file.
 ///
 /// `x`: f32 `[rows, k]`; `out`: f32 `[rows, sum of n]`. Each weight is read once from memory.
+///
+/// On a GPU, `x` is f32, f16 or bf16, as dense weights are, and `out` is of that type or f32; parts that lie side by side
+/// in memory are one product for many rows.
 pub fn linear(context: &Context, x: View<'_>, parts: &[LinearPart<'_>], out: ViewMut<'_>) -> Result<()> {
     product(context, x, parts, out, false)
 }
@@ -72,7 +84,9 @@ fn product(
     out: ViewMut<'_>,
     adds: bool,
 ) -> Result<()> {
-    check(x, parts, &out)?;
+    check_shapes(x, parts, &out)?;
+    on_cuda!(context, |device| cuda::product(device, x, parts, &out, adds));
+    check_types(x, parts, &out)?;
     let (rows, total, level) = (x.rows(), out.cols(), context.level());
     if rows == 0 {
         return Ok(());
@@ -117,8 +131,10 @@ fn form(level: Level, rows: usize, per_lane: usize) -> Form {
     form
 }
 
-fn check(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()> {
-    const OP: &str = "linear";
+const OP: &str = "linear";
+
+/// What is asked on any device.
+fn check_shapes(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()> {
     for (i, part) in parts.iter().enumerate() {
         let (weight, k) = (part.weight, x.cols());
         weight.check()?;
@@ -130,13 +146,23 @@ fn check(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()>
                 x.rows()
             )
         })?;
+    }
+    let total: usize = parts.iter().map(|part| part.weight.rows()).sum();
+    require(OP, out.rows() == x.rows() && out.cols() == total, || {
+        format!("out is [{}, {}], expected [{}, {total}]", out.rows(), out.cols(), x.rows())
+    })
+}
+
+/// What is asked on the CPU.
+fn check_types(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()> {
+    for (i, part) in parts.iter().enumerate() {
+        part.weight.require_place(&format!("weight {i}"), Place::Host)?;
         if let Some(bias) = part.bias {
-            f32_vector(OP, &format!("bias {i}"), bias, weight.rows())?;
+            f32_vector(OP, &format!("bias {i}"), bias, part.weight.rows())?;
         }
     }
-    let total = parts.iter().map(|part| part.weight.rows()).sum();
     require_f32_matrix(OP, "x", matrix(x), (x.rows(), x.cols()))?;
-    require_f32_matrix(OP, "out", matrix_mut(out), (x.rows(), total))
+    require_f32_matrix(OP, "out", matrix_mut(out), (out.rows(), out.cols()))
 }
 
 /// How many outputs a task computes: all where the work is too small to wake another thread for, else a fraction of

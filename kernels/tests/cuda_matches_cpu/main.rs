@@ -1,6 +1,7 @@
 //! Each operation on the device against the same on the CPU, in f32 on the same rounded inputs. The device is a GPU, or the
 //! driver that computes on the CPU (`make test-cuda`).
 
+mod linear;
 mod norm;
 
 use half::{bf16, f16};

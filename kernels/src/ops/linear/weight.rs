@@ -4,8 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
-use crate::ops::operands::{require, require_dtype, require_float};
-use crate::{Context, DType, Error, Result, Tensor, View};
+use crate::ops::operands::{require, require_dtype, require_float, require_place};
+use crate::{Context, DType, Error, Place, Result, Tensor, View};
 
 const OP: &str = "int8 weight";
 
@@ -48,6 +48,16 @@ impl Weight<'_> {
             Self::Dense(weight) => require_float("linear", weight.dtype()),
             // Checked when it was made.
             Self::Int8(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn require_place(&self, name: &str, place: Place) -> Result<()> {
+        match self {
+            Self::Dense(weight) => require_place("linear", name, weight.place(), place),
+            Self::Int8(weight) => {
+                require_place("linear", name, weight.values.place(), place)?;
+                require_place("linear", name, weight.scales.place(), place)
+            }
         }
     }
 }
@@ -127,6 +137,11 @@ impl Int8Weight {
             return Err(Error::Shape { op: OP, message });
         }
         Self::new(values, scales)
+    }
+
+    /// The weight where operations expect it, as [`Context::upload`].
+    pub fn upload(&self, context: &Context) -> Result<Self> {
+        Ok(Self { values: context.upload(&self.values)?, scales: context.upload(&self.scales)? })
     }
 
     /// Number of outputs, n.
