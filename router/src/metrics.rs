@@ -109,7 +109,7 @@ pub(crate) fn describe_scheduler() {
     describe_histogram!(
         ROUTER_STEP_DURATION,
         Unit::Seconds,
-        "the router's own work for a step, by stage (plan, encode, decode, apply, detokenize, sse)"
+        "the router's own work for a step, by stage (plan, encode, decode, apply, wake, detokenize, sse)"
     );
     // Counters exist from the start, so that a rate over them has a beginning.
     for name in
@@ -220,11 +220,11 @@ pub(crate) fn record_request_started(queue_time: Duration, prompt_tokens: usize)
     counter!(PROMPT_TOKENS).increment(prompt_tokens as u64);
 }
 
-/// A token was given to its reader.
-pub(crate) fn record_generated_token() {
+/// Tokens were given to their reader.
+pub(crate) fn record_generated_tokens(tokens: usize) {
     // Looked up once: this is called for each token.
     static COUNTER: LazyLock<Counter> = LazyLock::new(|| counter!(GENERATED_TOKENS));
-    COUNTER.increment(1);
+    COUNTER.increment(tokens as u64);
 }
 
 /// A request began with so many tokens of its prompt from the prefix cache.
@@ -264,8 +264,10 @@ pub(crate) enum Stage {
     Encode,
     /// The bytes of an answer's message, of each rank, to an answer.
     Decode,
-    /// What follows from an answer: sequences advance, tokens go to their readers.
+    /// What follows from an answer: sequences advance, tokens are put where their readers find them.
     Apply,
+    /// Telling those readers, once the next step is on its way.
+    Wake,
     /// Tokens to text, stop strings included.
     Detokenize,
     /// Text to frames of server-sent events.
@@ -273,7 +275,8 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 6] = [Self::Plan, Self::Encode, Self::Decode, Self::Apply, Self::Detokenize, Self::Sse];
+    const ALL: [Self; 7] =
+        [Self::Plan, Self::Encode, Self::Decode, Self::Apply, Self::Wake, Self::Detokenize, Self::Sse];
 
     fn label(self) -> &'static str {
         match self {
@@ -281,6 +284,7 @@ impl Stage {
             Self::Encode => "encode",
             Self::Decode => "decode",
             Self::Apply => "apply",
+            Self::Wake => "wake",
             Self::Detokenize => "detokenize",
             Self::Sse => "sse",
         }

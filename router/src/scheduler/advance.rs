@@ -81,7 +81,7 @@ impl Scheduler {
         if !prompt.iter().map(|token| token.id).eq(expected.iter().copied()) {
             return Err(WrongAnswer::Prompt { step, sequence, expected: expected.len(), got });
         }
-        running.entry.report_prompt(row.first + 1, prompt);
+        running.entry.report_prompt(row.first + 1, prompt, &mut self.wakes);
 
         let ended = matches!(outcome, Outcome::Ended(..));
         match (outcome, row.samples) {
@@ -123,7 +123,7 @@ impl Scheduler {
         if got == remaining && end.is_none() {
             return Err(WrongAnswer::NotEnded { step, sequence: row.sequence });
         }
-        let cost = entry.report_tokens(tokens, end);
+        let cost = entry.report_tokens(tokens, end, &mut self.wakes);
         self.fairness.charge(entry.place.account, cost);
         sequence.answered += got - 1;
         sequence.computed = sequence.computed.max(sequence.answered);

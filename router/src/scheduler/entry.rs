@@ -14,7 +14,7 @@ use super::prefix_cache::Match;
 use super::queue::Place;
 use super::request::{EndReason, Failure, Token, TokenEvent, TokenRequest};
 use super::sharing::Hold;
-use super::token_stream::EventSender;
+use super::token_stream::{EventSender, Wakes};
 use crate::metrics;
 
 /// A request with all that survives a preemption.
@@ -127,7 +127,7 @@ impl Entry {
 
     /// Tells the reader, the first time, that the request left the queue with `cached_tokens` from the cache. Returns what
     /// that costs its account: the prompt that is to be computed, and nothing for computing it again after a preemption.
-    pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize) -> u64 {
+    pub(crate) fn start(&mut self, now: Instant, cached_tokens: usize, wakes: &mut Wakes) -> u64 {
         if std::mem::replace(&mut self.started, true) {
             return 0;
         }
@@ -135,29 +135,34 @@ impl Entry {
         let prompt_tokens = self.request.prompt.len();
         metrics::record_request_started(queue_time, prompt_tokens);
         metrics::record_prefix_cache_hit(cached_tokens);
-        self.events.send(TokenEvent::Started { queue_time, cached_tokens });
+        self.events.send(TokenEvent::Started { queue_time, cached_tokens }, wakes);
         (prompt_tokens - cached_tokens) as u64 * PROMPT_TOKEN
     }
 
     /// Reports the log-probabilities of the prompt tokens from position `first` on, without those that the reader got
     /// before a preemption.
-    pub(crate) fn report_prompt(&mut self, first: usize, mut tokens: Vec<Token>) {
+    pub(crate) fn report_prompt(&mut self, first: usize, mut tokens: Vec<Token>, wakes: &mut Wakes) {
         let end = first + tokens.len();
         tokens.drain(..(self.prompt_reported + 1).saturating_sub(first).min(tokens.len()));
         if !tokens.is_empty() {
             self.prompt_reported = end - 1;
-            self.events.send(TokenEvent::Prompt(tokens));
+            self.events.send(TokenEvent::Prompt(tokens), wakes);
         }
     }
 
     /// Reports generated tokens, and why the last of them ends the request, if it does. Returns what they cost its account.
-    pub(crate) fn report_tokens(&mut self, tokens: Vec<Token>, end: Option<EndReason>) -> u64 {
+    pub(crate) fn report_tokens(
+        &mut self,
+        tokens: Vec<Token>,
+        end: Option<EndReason>,
+        wakes: &mut Wakes,
+    ) -> u64 {
         let cost = tokens.len() as u64 * GENERATED_TOKEN;
         let last = tokens.len() - 1;
+        metrics::record_generated_tokens(tokens.len());
         for (index, token) in tokens.into_iter().enumerate() {
-            metrics::record_generated_token();
             self.generated.push(token.id);
-            self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last) });
+            self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last) }, wakes);
         }
         self.hashes.extend(&self.request.prompt, &self.generated);
         cost

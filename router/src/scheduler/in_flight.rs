@@ -69,7 +69,7 @@ impl Scheduler {
         let prompt_logprobs = entry.owes_prompt_logprobs();
         let found = if prompt_logprobs { Match::default() } else { entry.found.get() };
         let computed = found.num_blocks * self.limits.budget.block_size;
-        let cost = entry.start(now, computed);
+        let cost = entry.start(now, computed, &mut self.wakes);
         self.fairness.charge(entry.place.account, cost);
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;

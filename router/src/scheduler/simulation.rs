@@ -143,6 +143,7 @@ impl Simulation {
         answer.times = StepTimes { forward: worked, ..answer.times };
         self.scheduler.apply(Event::StepDone(answer), self.epoch + now);
         assert!(self.scheduler.failure().is_none(), "{:?}", self.scheduler.failure());
+        self.scheduler.wake_readers();
     }
 
     /// Sequences that were sent to the shard: requests that ran, and one more for each preemption.

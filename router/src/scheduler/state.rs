@@ -23,6 +23,7 @@ use super::queue::{Place, Queue};
 use super::rank::Ranking;
 use super::request::Failure;
 use super::step::Step;
+use super::token_stream::Wakes;
 use crate::metrics::{self, SchedulerGauges};
 
 /// By hash, blocks that a running request is about to compute. Of several that do, the first.
@@ -53,6 +54,8 @@ pub(crate) struct Scheduler {
     pub(super) next_sequence: u64,
     /// Why nothing runs any more.
     pub(super) failure: Option<Failure>,
+    /// Readers that do not know yet of what they were given.
+    pub(super) wakes: Wakes,
 }
 
 impl Scheduler {
@@ -76,6 +79,7 @@ impl Scheduler {
             next_step: 1,
             next_sequence: 1,
             failure: None,
+            wakes: Wakes::default(),
         }
     }
 
@@ -117,6 +121,12 @@ impl Scheduler {
             return None;
         }
         Some(self.send(&rows, now))
+    }
+
+    /// Wakes the readers of all that was given since this was called last. To be called when steps are sent: the shards
+    /// wait for those.
+    pub(crate) fn wake_readers(&mut self) {
+        self.wakes.wake();
     }
 
     /// What to compute next, after preempting those who must give their blocks for it.

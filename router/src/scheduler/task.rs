@@ -35,6 +35,9 @@ pub(crate) async fn run(
         send_steps(&mut scheduler, &mut shards, now);
         if answered {
             metrics::record_scheduling(now.elapsed());
+        }
+        Stage::Wake.time(|| scheduler.wake_readers());
+        if answered {
             metrics::record_router_step();
         }
         if scheduler.is_idle() {

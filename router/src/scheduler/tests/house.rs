@@ -202,6 +202,7 @@ impl House {
             self.sent.push(step.clone());
             self.in_flight.push_back(step);
         }
+        self.scheduler.wake_readers();
     }
 
     /// Answers and reads until nothing moves. Panics if that does not come to an end.

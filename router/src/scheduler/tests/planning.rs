@@ -274,7 +274,7 @@ fn states() -> impl Strategy<Value = State> {
             };
             let num_available = (number % (candidate.num_blocks + 1)).min(blocks);
             let patience = number * 7 % 200;
-            Candidate { next_block, num_available, patience, ..candidate }
+            Candidate { num_available, next_block, patience, ..candidate }
         });
         State {
             running,
