@@ -104,7 +104,7 @@ bench-serving: build ## Measure the server through HTTP (models: make bench-serv
 bench-shard: build ## Measure one shard without router and HTTP (make bench-shard ARGS="135m decode=1,8 context=256")
 	$(CARGO) bench --profile release --locked --workspace --bench shard -- $(ARGS)
 
-bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation router")
+bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation queue router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)
 
 # Valgrind knows AVX2 but not AVX-512, so that is what the kernels choose. Slow: a case of each operation, and the pool.

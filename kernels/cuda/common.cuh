@@ -12,16 +12,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
+// A kernel, by its plain name: KERNEL(rms_norm_f32_bf16, 256)(const float* x, ...) { ... } EXPORT(rms_norm_f32_bf16)
+// `max_threads`: of a block. The name is the operation and its element types, as the host asks for it.
+#define KERNEL(name, max_threads) extern "C" __global__ void __launch_bounds__(max_threads) name
 #define EXPORT(name)
 // Dynamic shared memory, 16-byte aligned, as a pointer to `type`.
 #define DYNAMIC_SHARED(type, name)                            \
   extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
   type* name = reinterpret_cast<type*>(dynamic_shared_)
 #endif
-
-// A kernel, by its plain name: KERNEL(rms_norm_f32_bf16, 256)(const float* x, ...) { ... } EXPORT(rms_norm_f32_bf16)
-// `max_threads`: of a block. The name is the operation and its element types, as the host asks for it.
-#define KERNEL(name, max_threads) extern "C" __global__ void __launch_bounds__(max_threads) name
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
