@@ -266,6 +266,7 @@ void handle_fault(int signal, siginfo_t* info, void* context) {
       if (is_below_stack(stack, info->si_addr)) fail(LAUNCH_FAILED, "has used up its stack");
     // x86 tells no address of one that is not canonical, nor of a misaligned one.
     if (info->si_code == SI_KERNEL) fail(MISALIGNED_ADDRESS, "uses a misaligned or impossible address");
+    if (address < 4096) fail(ILLEGAL_ADDRESS, "uses a null pointer (address 0x%zx)", size_t(address));
     fail(ILLEGAL_ADDRESS, "uses address %p: %s", info->si_addr,
          describe_address ? describe_address(address).c_str() : "not mapped");
   }
