@@ -1,6 +1,7 @@
 //! Each operation on the device against the same on the CPU, in f32 on the same rounded inputs. The device is a GPU, or the
 //! driver that computes on the CPU (`make test-cuda`).
 
+mod context;
 mod linear;
 mod norm;
 
@@ -131,21 +132,5 @@ fn tolerance(dtype: DType) -> f32 {
         DType::F16 => 2.0_f32.powi(-10),
         DType::BF16 => 2.0_f32.powi(-7),
         dtype => panic!("{dtype:?} is no type of activations"),
-    }
-}
-
-#[test]
-fn what_is_uploaded_comes_back_the_same() {
-    let mut fixture = Fixture::new(1);
-    for dtype in ACTIVATIONS {
-        for (rows, cols) in [(1, 1), (3, 7), (0, 5), (300, 1000)] {
-            let values = fixture.values(rows, cols, dtype);
-            for layout in LAYOUTS {
-                let there = fixture.upload(&values, dtype, layout);
-                fixture.check("a copy", &there, &values, 0.0);
-                let back = download_f32(&fixture.cuda, there.view());
-                assert_eq!(back.as_slice::<f32>(), values.as_slice::<f32>());
-            }
-        }
     }
 }
