@@ -65,7 +65,7 @@ CUDA_ON_CPU := $(abspath target/cuda-on-cpu)
 
 cuda-on-cpu: ## Build the CUDA libraries that run kernels on the CPU, for tests: target/cuda-on-cpu
 	@command -v $(or $(CXX),g++) >/dev/null || { echo "g++ is not installed: the CUDA libraries for tests need it." >&2; exit 1; }
-	@$(MAKE) --no-print-directory -C kernels/cuda-on-cpu OUT=$(CUDA_ON_CPU)
+	@$(MAKE) --no-print-directory --silent -j "$$(nproc)" -C kernels/cuda-on-cpu OUT=$(CUDA_ON_CPU)
 
 # Where the code for GPUs is not wanted.
 NVCC_STAND_IN := $(abspath kernels/cuda/toolkit/nvcc-stand-in.sh)
@@ -75,6 +75,7 @@ check-cuda: toolchain ## Check and lint what is built with CUDA; needs neither n
 
 # The executable is built for those that drive it, and without code for GPUs: `make build-cuda` builds it again.
 test-cuda: toolchain cuda-on-cpu ## Test the CUDA half without a GPU: kernels compiled for the CPU, behind CUDA's own interface
+	@$(MAKE) --no-print-directory --silent -C kernels/cuda-on-cpu OUT=$(CUDA_ON_CPU) test
 	NVCC=$(NVCC_STAND_IN) $(CARGO) build $(CARGO_FLAGS) --workspace --bins --features cuda
 	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast

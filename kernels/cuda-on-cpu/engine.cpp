@@ -68,6 +68,7 @@ struct {
   const Launch* launch;
   char* shared;  // dynamic; its last byte is before a guard page
   int result;
+  siginfo_t fault;  // si_signo is 0 if there was none
   Order order;
   uint64_t random;
 } engine;
@@ -235,6 +236,30 @@ void prepare_block(Extent block) {
   for (size_t i = 0; i < engine.stacks.size(); i++) engine.free_stacks[i] = int(engine.stacks.size() - 1 - i);
 }
 
+// What a kernel did to get a signal.
+void report_fault() {
+  const siginfo_t& fault = engine.fault;
+  const auto address = reinterpret_cast<uintptr_t>(fault.si_addr);
+  engine.result = fault.si_signo == SIGFPE ? LAUNCH_FAILED : ILLEGAL_ADDRESS;
+  std::string message = "uses " + std::string(describe_address ? describe_address(address) : "memory that is not mapped");
+  char text[64];
+  snprintf(text, sizeof(text), " (address 0x%zx)", size_t(address));
+  message += text;
+  if (address < 4096) message = "uses a null pointer" + std::string(text);
+  for (const Stack& stack : engine.stacks)
+    if (is_below_stack(stack, fault.si_addr)) {
+      message = "has used up its stack";
+      engine.result = LAUNCH_FAILED;
+    }
+  if (fault.si_signo == SIGFPE) message = "divides an integer by zero";
+  // x86 tells no address of one that is not canonical, nor of a misaligned one.
+  if (fault.si_signo != SIGFPE && fault.si_code == SI_KERNEL) {
+    message = "uses a misaligned or impossible address";
+    engine.result = MISALIGNED_ADDRESS;
+  }
+  report(place_of(engine.current) + " " + message);
+}
+
 void run_block() {
   const Launch& launch = *engine.launch;
   prepare_block(launch.block);
@@ -242,6 +267,7 @@ void run_block() {
   memset(launch.kernel->shared_begin, 0xff, size_t(launch.kernel->shared_end - launch.kernel->shared_begin));
   if (launch.shared_bytes) memset(dynamic_shared(), 0xff, launch.shared_bytes);
   leave(engine.caller);
+  if (engine.fault.si_signo != 0) report_fault();
   if (engine.result != 0) return;
   for (unsigned thread = 0; thread < engine.num_threads; thread++) {
     if (engine.threads[thread].ended) continue;
@@ -257,23 +283,13 @@ const struct sigaction& previous_of(int signal) {
   return signal == SIGSEGV ? previous_segv : signal == SIGBUS ? previous_bus : previous_fpe;
 }
 
-// On the signal stack. Faults of a kernel end its launch: the signal's frame is left behind, as SA_NODEFER allows.
+// Faults of a kernel end its launch. This runs on a signal stack, which may be small: the caller of the launch does the rest,
+// and this frame is left behind, as SA_NODEFER allows.
 void handle_fault(int signal, siginfo_t* info, void* context) {
-  const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
   if (runs_kernel) {
-    if (signal == SIGFPE) fail(LAUNCH_FAILED, "divides an integer by zero");
-    for (const Stack& stack : engine.stacks)
-      if (is_below_stack(stack, info->si_addr)) fail(LAUNCH_FAILED, "has used up its stack");
-    // x86 tells no address of one that is not canonical, nor of a misaligned one.
-    if (info->si_code == SI_KERNEL) fail(MISALIGNED_ADDRESS, "uses a misaligned or impossible address");
-    if (address < 4096) fail(ILLEGAL_ADDRESS, "uses a null pointer (address 0x%zx)", size_t(address));
-    fail(ILLEGAL_ADDRESS, "uses address %p: %s", info->si_addr,
-         describe_address ? describe_address(address).c_str() : "not mapped");
-  }
-  if (describe_address && signal != SIGFPE) {
-    const std::string known = describe_address(address);
-    if (known.find("allocation") != std::string::npos)
-      fprintf(stderr, "cuda-on-cpu: the host itself uses address %p: %s\n", info->si_addr, known.c_str());
+    engine.fault = *info;
+    Context abandoned;
+    change(abandoned, engine.caller);
   }
   const struct sigaction& previous = previous_of(signal);
   if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(signal, info, context);
@@ -344,6 +360,7 @@ int run(const Launch& launch) {
   }
   engine.launch = &launch;
   engine.result = 0;
+  engine.fault.si_signo = 0;
   blockDim = dim3(launch.block.x, launch.block.y, launch.block.z);
   gridDim = dim3(launch.grid.x, launch.grid.y, launch.grid.z);
   runs_kernel = true;

@@ -55,10 +55,10 @@ std::string describe(uintptr_t address) {
     const auto begin = uintptr_t(allocation.begin()), end = begin + allocation.bytes;
     char text[160];
     if (address >= end)
-      snprintf(text, sizeof(text), "%zu bytes behind the end of an%s allocation of %zu bytes", size_t(address - end), adjective,
+      snprintf(text, sizeof(text), "what is %zu bytes behind the end of an%s allocation of %zu bytes", size_t(address - end), adjective,
                allocation.bytes);
     else if (address < begin)
-      snprintf(text, sizeof(text), "%zu bytes before an%s allocation of %zu bytes", size_t(begin - address), adjective,
+      snprintf(text, sizeof(text), "what is %zu bytes before an%s allocation of %zu bytes", size_t(begin - address), adjective,
                allocation.bytes);
     else
       snprintf(text, sizeof(text), "byte %zu of an%s allocation of %zu bytes", size_t(address - begin), adjective,
@@ -72,7 +72,7 @@ std::string describe(uintptr_t address) {
     if (concerns(it.second)) return relation(it.second, "");
   for (const Allocation& allocation : freed())
     if (concerns(allocation)) return relation(allocation, " already freed");
-  return "in no allocation";
+  return "memory of no allocation";
 }
 
 CUresult allocate(Device* device, size_t bytes, CUdeviceptr* address) {

@@ -508,7 +508,7 @@ void faulty_kernels_are_reported() {
   launch_fails("check_missed_barrier", {1, 64}, 719, {"cannot go on", "63 threads, the first thread (0,0,0), wait in __syncthreads at", "1 threads, the first thread (3,0,0), ended"}, at);
   launch_fails("check_ended_lane", {1, 64}, 719, {"__shfl_xor_sync", "common.cuh", "0x00000008"}, at);
   launch_fails("check_divergent_warp", {1, 32}, 719, {"divergent warp", "__shfl_sync", "__shfl_xor_sync"}, at);
-  launch_fails("check_write", {1, 1}, 700, {"0 bytes behind the end of an allocation of 256 bytes"}, at, uint64_t(64));
+  launch_fails("check_write", {1, 1}, 700, {"thread (0,0,0) uses what is 0 bytes behind the end of an allocation of 256 bytes"}, at, uint64_t(64));
   launch_fails("check_write", {1, 1}, 700, {"thread (0,0,0)"}, at, uint64_t(-1024 * 4));
   launch_fails("check_write", {1, 1}, 700, {"null pointer"}, CUdeviceptr(0), uint64_t(0));
   launch_fails("check_misaligned", {1, 32}, 716, {"misaligned address", "common.cuh"}, at, 1u);
@@ -516,7 +516,7 @@ void faulty_kernels_are_reported() {
   launch_fails("check_deep_stack", {1, 1}, 719, {"used up its stack"}, at);
   launch_fails("check_forgotten_copy", {1, 32}, 719, {"asynchronous copies that it has not waited for", "checks.cu"}, at);
   const CUdeviceptr gone = freed.address;
-  fails("check_write", {1, 1}, 700, {"already freed allocation of 256 bytes"}, [&] {
+  fails("check_write", {1, 1}, 700, {"uses byte 12 of an already freed allocation of 256 bytes"}, [&] {
     cuMemFree_v2(gone);
     return launch("check_write", {1, 1}, gone, uint64_t(3));
   });
