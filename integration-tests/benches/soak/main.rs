@@ -1,6 +1,6 @@
 //! Whether the server stays as it is under everything that clients do for some minutes:
 //!
-//! `make soak` (or `make soak ARGS="MINUTES SEED"`, 10 and 1 where nothing is said)
+//! `make soak` (or `make soak ARGS="MINUTES SEED"`, 10 and 1 where nothing is said; an hour is ARGS=60)
 //!
 //! The real executable with the demo model and little memory for its cache; clients of all endpoints with random requests,
 //! of which a third leave at a random moment. At the end nothing may be left: no KV block, no sequence, no place in the

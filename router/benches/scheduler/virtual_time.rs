@@ -220,7 +220,7 @@ impl<'a> Player<'a> {
     }
 }
 
-fn sampling(seed: u64) -> Sampling {
+pub(crate) fn sampling(seed: u64) -> Sampling {
     Sampling {
         temperature: 1.0,
         top_k: 0,

@@ -126,13 +126,13 @@ impl Simulation {
         let known = self.outputs.insert(request.sampling.seed, output_tokens);
         assert_eq!(known, None, "a seed names one request");
         let streams = self.handle.submit(vec![request]).expect("the house has room for the whole trace");
-        self.look(now);
+        self.take_events(now);
         streams.into_iter().next().expect("a stream for each request")
     }
 
     /// Sends the next step, if one is due, and tells what it computes.
     pub fn next_step(&mut self, now: Duration) -> Option<Work> {
-        self.look(now);
+        self.take_events(now);
         let step = self.scheduler.next_step(self.epoch + now)?;
         Some(self.compute(&step))
     }
@@ -159,7 +159,7 @@ impl Simulation {
     }
 
     /// Lets the scheduler see what came through the door, at the virtual time.
-    fn look(&mut self, now: Duration) {
+    pub fn take_events(&mut self, now: Duration) {
         let now = self.epoch + now;
         while let Ok(mut event) = self.events.try_recv() {
             if let Event::Submit(submission) = &mut event {

@@ -3,6 +3,7 @@
 mod caching;
 mod house;
 mod model_shard;
+mod pacing;
 mod planning;
 mod promises;
 mod properties;

@@ -229,46 +229,6 @@ fn the_shorter_of_the_two_timeouts_counts() {
     check(Some(5), 2);
 }
 
-#[test]
-fn prompts_beside_a_stream_are_computed_in_chunks_that_hold_its_pace() {
-    let target = Duration::from_millis(50);
-    let policy = Policy { target_itl: Some(target), ..Policy::DEFAULT };
-    let budget = Budget { max_prefill_tokens: 400, ..LIMITS.budget };
-    let mut house = House::new(Limits { num_blocks: 1000, budget, policy, ..LIMITS });
-    let stream = house.submit_one(request(1, 4, 500));
-    let mut took = Vec::new();
-    // 10 ms for a step, 1 ms for a row, and 0.5 ms for a token of a prompt.
-    let mut step = |house: &mut House| {
-        let rows = house.in_flight[0].schedule.iter().map(|row| row.num_tokens).collect::<Vec<_>>();
-        let prompt_tokens = rows.iter().filter(|tokens| **tokens > 1).sum::<usize>() as u32;
-        let elapsed =
-            Duration::from_micros(u64::from(500 * prompt_tokens) + 10_000 + 1000 * rows.len() as u64);
-        house.oversleep(elapsed);
-        house.answer();
-        house.read_all();
-        took.push((prompt_tokens, elapsed));
-    };
-    for _ in 0..5 {
-        step(&mut house);
-    }
-    let prompt = house.submit_one(request(2, 1500, 4));
-    while house.readers[prompt].transcript.tokens.is_empty() {
-        step(&mut house);
-    }
-    assert!(!house.readers[stream].ended, "the stream runs all the time");
-    assert!(took.iter().all(|(_, elapsed)| *elapsed <= target), "{took:?}");
-    // 45 ms are planned for, and 11 or 12 of them are the rows'.
-    let chunks = took.iter().map(|(tokens, _)| *tokens).filter(|tokens| *tokens > 0).collect::<Vec<_>>();
-    assert!(chunks[10..chunks.len() - 1].iter().all(|tokens| (60..=70).contains(tokens)), "{chunks:?}");
-    // When nobody is held up, there is nothing to hold.
-    house.cancel(stream);
-    house.finish();
-    house.submit_one(request(3, 1500, 4));
-    assert_eq!(house.in_flight[0].schedule[0].num_tokens, 400);
-    house.finish();
-    house.check_empty();
-}
-
 #[derive(Debug, Clone)]
 enum Op {
     Submit(TokenRequest),
