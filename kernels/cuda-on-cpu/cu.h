@@ -15,6 +15,7 @@ extern "C" {
 CUresult cuInit(unsigned);
 CUresult cuDevicePrimaryCtxRetain(void**, int);
 CUresult cuCtxSetCurrent(void*);
+CUresult cuCtxGetCurrent(void**);
 CUresult cuCtxSynchronize();
 CUresult cuModuleLoadData(void**, const void*);
 CUresult cuModuleGetFunction(void**, void*, const char*);

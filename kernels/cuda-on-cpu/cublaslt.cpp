@@ -47,6 +47,7 @@ struct Layout {
 };
 struct Preference {
   uint64_t workspace_bytes = 0;
+  uint32_t reduction_schemes = 7;                 // none is used here, which is always allowed
   uint32_t alignments[4] = {256, 256, 256, 256};  // of a, b, c, d
 };
 struct Algorithm {  // 64 bytes, of which the caller knows nothing
@@ -105,6 +106,7 @@ template <class Descriptor, class Use> Status with_layout(Descriptor* it, int at
 template <class Descriptor, class Use> Status with_preference(Descriptor* it, int attribute, Use use) {
   switch (attribute) {
     case 1: return use(it->workspace_bytes);
+    case 3: return use(it->reduction_schemes);
     case 5: case 6: case 7: case 8: return use(it->alignments[attribute - 5]);
     default: return NOT_SUPPORTED;
   }

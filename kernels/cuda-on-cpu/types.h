@@ -23,7 +23,8 @@ inline uint16_t bf16_of_float(float x) {
 inline float float_of_f16(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
   const uint32_t magnitude = bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_of<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude > 0x7c00u) return bits_of<float>(0x7fffffffu);
+  if (magnitude == 0x7c00u) return bits_of<float>(sign | 0x7f800000u);
   // As a float's bits this is the number times 2^-112, subnormal numbers too; the product is exact.
   const float scaled = bits_of<float>(magnitude << 13) * 0x1p112f;
   return bits_of<float>(bits_of<uint32_t>(scaled) | sign);
@@ -46,7 +47,7 @@ inline uint16_t f16_of_float(float x) {
 inline float float_of_e4m3(uint8_t bits) {
   const uint32_t sign = uint32_t(bits & 0x80u) << 24;
   const uint32_t magnitude = bits & 0x7fu;
-  if (magnitude == 0x7f) return bits_of<float>(sign | 0x7fc00000u);
+  if (magnitude == 0x7f) return bits_of<float>(0x7fffffffu);
   const float scaled = bits_of<float>(magnitude << 20) * 0x1p120f;
   return bits_of<float>(bits_of<uint32_t>(scaled) | sign);
 }

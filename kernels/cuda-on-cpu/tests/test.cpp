@@ -30,6 +30,28 @@ int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t);
 int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void*, int*);
 int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*,
                    void*, const void*, void*, size_t, void*);
+
+struct UniqueId {
+  char text[128];
+};
+struct NcclConfig {
+  size_t size;
+  unsigned magic, version;
+  int blocking, rest[20];
+};
+int ncclGetUniqueId(UniqueId*);
+int ncclCommInitRank(void**, int, UniqueId, int);
+int ncclCommInitRankConfig(void**, int, UniqueId, int, const NcclConfig*);
+int ncclAllReduce(const void*, void*, size_t, int, int, void*, void*);
+int ncclAllGather(const void*, void*, size_t, int, void*, void*);
+int ncclReduceScatter(const void*, void*, size_t, int, int, void*, void*);
+int ncclBroadcast(const void*, void*, size_t, int, int, void*, void*);
+int ncclCommGetAsyncError(void*, int*);
+int ncclCommCount(void*, int*);
+int ncclCommAbort(void*);
+int ncclCommDestroy(void*);
+int ncclGroupStart();
+int ncclGroupEnd();
 }
 
 namespace {
@@ -522,6 +544,107 @@ void faulty_kernels_are_reported() {
   });
 }
 
+// Each rank is a process.
+int nccl_rank(int rank, int ranks, const UniqueId& id) {
+  void* comm;
+  SAME(ncclCommInitRank(&comm, ranks, id, rank), 0);
+  int got = 0;
+  SAME(ncclCommCount(comm, &got), 0);
+  SAME(got, ranks);
+  constexpr size_t COUNT = 200001;  // some pieces
+  std::vector<float> values(COUNT);
+  for (size_t i = 0; i < COUNT; i++) values[i] = float(i % 1000) + 1000.0f * float(rank);
+  const Buffer<float> x(values), all(COUNT * size_t(ranks)), part(COUNT / size_t(ranks));
+  const auto at = [](const auto& buffer) { return reinterpret_cast<void*>(buffer.address); };
+  const float sum_of_ranks = float(ranks * (ranks - 1) / 2);
+  void *graph, *executable;
+  SAME(cuStreamBeginCapture_v2(stream, 1), 0);
+  SAME(ncclGroupStart(), 0);
+  SAME(ncclAllGather(at(x), at(all), COUNT, 7, comm, stream), 0);
+  SAME(ncclReduceScatter(at(x), at(part), COUNT / size_t(ranks), 7, 0, comm, stream), 0);
+  SAME(ncclGroupEnd(), 0);
+  SAME(ncclAllReduce(at(x), at(x), COUNT, 7, 0, comm, stream), 0);
+  SAME(launch("check_add", {1, 256}, x.address, 1.0f, 1u), 0);
+  SAME(cuStreamEndCapture(stream, &graph), 0);
+  SAME(cuGraphInstantiateWithFlags(&executable, graph, 0), 0);
+  SAME(cuGraphLaunch(executable, stream), 0);
+  SAME(cuStreamSynchronize(stream), 0);
+  const auto sums = x.get(), gathered = all.get(), scattered = part.get();
+  for (size_t i = 0; i < COUNT; i += 7) {
+    SAME(sums[i], float(i % 1000) * float(ranks) + 1000 * sum_of_ranks + (i == 0));
+    for (size_t r = 0; r < size_t(ranks); r++) SAME(gathered[r * COUNT + i], float(i % 1000) + 1000.0f * float(r));
+  }
+  for (size_t i = 0; i < scattered.size(); i += 7)
+    SAME(scattered[i], float((size_t(rank) * scattered.size() + i) % 1000) * float(ranks) + 1000 * sum_of_ranks);
+  SAME(cuGraphExecDestroy(executable), 0);
+  SAME(cuGraphDestroy(graph), 0);
+
+  std::vector<__nv_bfloat16> halves(3, __nv_bfloat16(float(rank + 1)));
+  const Buffer<__nv_bfloat16> h(halves);
+  SAME(ncclAllReduce(at(h), at(h), 3, 9, 0, comm, stream), 0);
+  SAME(cuStreamSynchronize(stream), 0);
+  SAME(float(h.get()[2]), sum_of_ranks + float(ranks));
+  SAME(ncclBroadcast(at(x), at(x), COUNT, 7, ranks - 1, comm, stream), 0);
+  SAME(cuStreamSynchronize(stream), 0);
+  SAME(x.get()[1], sums[1]);
+
+  // The last rank goes away; the others wait, can ask, and abort.
+  if (rank == ranks - 1) _exit(failures != 0);
+  void* event;
+  SAME(cuEventCreate(&event, 2), 0);
+  SAME(ncclAllReduce(at(x), at(x), COUNT, 7, 0, comm, stream), 0);
+  SAME(launch("check_add", {1, 256}, x.address, 1.0f, 1u), 0);
+  SAME(cuEventRecord(event, stream), 0);
+  for (int i = 0; i < 20; i++) {
+    SAME(cuEventQuery(event), 600);
+    usleep(1000);
+  }
+  int error = -1;
+  SAME(ncclCommGetAsyncError(comm, &error), 0);
+  SAME(error, 0);
+  SAME(ncclCommAbort(comm), 0);
+  SAME(cuStreamSynchronize(stream), 0);
+  return failures;
+}
+void processes_reduce_and_gather() {
+  for (const int ranks : {1, 2, 3}) {
+    UniqueId id;
+    SAME(ncclGetUniqueId(&id), 0);
+    std::vector<pid_t> children;
+    for (int rank = 0; rank < ranks; rank++) {
+      const pid_t child = fork();
+      if (child == 0) {
+        alarm(20);
+        _exit(nccl_rank(rank, ranks, id) != 0);
+      }
+      children.push_back(child);
+    }
+    for (const pid_t child : children) {
+      int status;
+      waitpid(child, &status, 0);
+      SAME(status, 0);
+    }
+  }
+}
+
+void communicators_can_be_made_without_waiting() {
+  UniqueId id;
+  SAME(ncclGetUniqueId(&id), 0);
+  NcclConfig config{};
+  config.blocking = 0;
+  void *first, *second;
+  int error;
+  SAME(ncclCommInitRankConfig(&first, 2, id, 0, &config), 7);
+  SAME(ncclCommGetAsyncError(first, &error), 0);
+  SAME(error, 7);
+  SAME(ncclCommInitRankConfig(&second, 2, id, 1, &config), 0);
+  SAME(ncclCommGetAsyncError(first, &error), 0);
+  SAME(error, 0);
+  SAME(ncclCommDestroy(first), 0);
+  SAME(ncclCommAbort(second), 0);
+  SAME(ncclCommAbort(second), 4);
+}
+
 void lazy_streams_run_when_waited_for() {
   // In a process of its own: the variable is read once.
   output_of(
@@ -572,6 +695,8 @@ constexpr Test TESTS[] = {
     TEST(a_capture_forbids_waiting_and_allocating),
     TEST(streams_join_a_capture_by_events),
     TEST(events_measure),
+    TEST(communicators_can_be_made_without_waiting),
+    TEST(processes_reduce_and_gather),
     TEST(faulty_kernels_are_reported),
     TEST(lazy_streams_run_when_waited_for),
 };
