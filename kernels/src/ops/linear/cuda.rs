@@ -36,16 +36,16 @@ struct Part {
 
 impl Part {
     /// Checks types and places.
-    fn new(index: usize, part: &LinearPart<'_>, x: DType) -> Result<Self> {
+    fn new(part: &LinearPart<'_>, x: DType) -> Result<Self> {
         let bias = part
             .bias
-            .map(|bias| device_vector(OP, &format!("bias {index}"), bias, DType::F32, part.weight.rows()))
+            .map(|bias| device_vector(OP, "a bias", bias, DType::F32, part.weight.rows()))
             .transpose()?;
-        Ok(Self { bias: bias.map(address), ..Self::of(&format!("weight {index}"), part.weight, x)? })
+        Ok(Self { bias: bias.map(address), ..Self::of(part.weight, x)? })
     }
 
-    fn of(name: &str, weight: Weight<'_>, x: DType) -> Result<Self> {
-        weight.require_place(name, Place::Device)?;
+    fn of(weight: Weight<'_>, x: DType) -> Result<Self> {
+        weight.require_place("a weight", Place::Device)?;
         let (values, scales) = match weight {
             Weight::Dense(weight) => {
                 // There is one kernel for each type, and no model mixes them.
@@ -112,8 +112,7 @@ pub(super) fn product(
     adds: bool,
 ) -> Result<()> {
     let call = call(x, out, adds)?;
-    let parts: Vec<Part> =
-        (0..).zip(parts).map(|(i, part)| Part::new(i, part, x.dtype())).collect::<Result<_>>()?;
+    let parts: Vec<Part> = parts.iter().map(|part| Part::new(part, x.dtype())).collect::<Result<_>>()?;
     if call.rows == 0 {
         return Ok(());
     }
@@ -145,7 +144,7 @@ pub(super) fn gated(
 ) -> Result<()> {
     let call = call(x, &out, false)?;
     require_dtype("linear_gated", out.dtype(), x.dtype())?;
-    let parts = [Part::new(0, &layer.gate, x.dtype())?, Part::new(1, &layer.up, x.dtype())?];
+    let parts = [Part::new(&layer.gate, x.dtype())?, Part::new(&layer.up, x.dtype())?];
     if call.rows == 0 {
         return Ok(());
     }
@@ -165,7 +164,7 @@ pub(super) fn grouped(
     out: &ViewMut<'_>,
 ) -> Result<()> {
     let call = call(x, out, false)?;
-    let weight = Part::of("the weights", experts.weight, x.dtype())?;
+    let weight = Part::of(experts.weight, x.dtype())?;
     let part = Part { n: out.cols(), ..weight };
     require_dtype(OP, experts.starts.dtype(), DType::U32)?;
     require_place(OP, "starts", experts.starts.place(), Place::Device)?;
