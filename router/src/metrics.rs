@@ -345,7 +345,7 @@ pub(crate) const REQUEST_GENERATED_TOKENS: &str = "tgi_request_generated_tokens"
 pub(crate) const REQUEST_MAX_NEW_TOKENS: &str = "tgi_request_max_new_tokens";
 /// From a request's arrival to its first token (TTFT).
 pub(crate) const TIME_TO_FIRST_TOKEN: &str = "lamplighter_time_to_first_token_duration";
-/// From a token to the next one (ITL).
+/// From a token to the next one (ITL), as the shards give them.
 pub(crate) const INTER_TOKEN_LATENCY: &str = "lamplighter_inter_token_latency_duration";
 /// Open HTTP connections.
 pub(crate) const HTTP_CONNECTIONS: &str = "lamplighter_http_connections";

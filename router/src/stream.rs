@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use futures::stream::{BoxStream, StreamExt};
+use futures::stream::{Stream, StreamExt};
 use proto::units::TokenId;
 
 use crate::metrics::{self, Stage};
-use crate::scheduler::{EndReason, Failure, Token, TokenEvent};
+use crate::scheduler::{EndReason, Failure, Token, TokenEvent, TokenStream};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop_strings::StopStrings;
 use crate::text::tokenizer::Tokenizer;
@@ -86,10 +86,22 @@ pub(crate) struct Generated {
     pub(crate) end: Ended,
 }
 
+/// A sequence's events.
+pub(crate) trait TokenEvents: Stream<Item = TokenEvent> + Send + Unpin {
+    /// Nothing is done before the end, so nobody need be woken for each token.
+    fn wake_rarely(&mut self);
+}
+
+impl TokenEvents for TokenStream {
+    fn wake_rarely(&mut self) {
+        TokenStream::wake_rarely(self);
+    }
+}
+
 /// What a stream is about.
 pub(crate) struct StreamInput {
     /// From the scheduler; dropping it cancels the sequence.
-    pub(crate) events: BoxStream<'static, TokenEvent>,
+    pub(crate) events: Box<dyn TokenEvents>,
     /// The prompt, whose end is the context of the first token's text.
     pub(crate) prompt: Vec<TokenId>,
     /// Its stop strings.
@@ -101,7 +113,7 @@ pub(crate) struct StreamInput {
 /// One sequence being generated. Dropping it cancels the sequence.
 pub(crate) struct GenerationStream {
     /// None once the end was given.
-    events: Option<BoxStream<'static, TokenEvent>>,
+    events: Option<Box<dyn TokenEvents>>,
     tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
     stop: StopStrings,
@@ -145,7 +157,10 @@ impl GenerationStream {
                     continue;
                 }
                 Some(TokenEvent::Prompt(tokens)) => GenerationEvent::Prompt(tokens),
-                Some(TokenEvent::Token { token, end }) => self.token(token, end),
+                Some(TokenEvent::Token { token, end, at }) => {
+                    self.record_token_time(at);
+                    self.token(token, end)
+                }
                 Some(TokenEvent::Failed(failure)) => self.fail(failure),
                 // Streams end with an end; whoever breaks this has gone away.
                 None => self.fail(Failure::Shards("the scheduler has stopped".to_owned())),
@@ -157,6 +172,10 @@ impl GenerationStream {
     /// Waits for the end.
     pub(crate) async fn collect(mut self) -> Result<Generated, Failure> {
         let (mut text, mut tokens, mut prompt) = (String::new(), Vec::new(), Vec::new());
+        // A stop string ends the sequence, so it is to be seen at once.
+        if let Some(events) = self.events.as_mut().filter(|_| self.stop.is_empty()) {
+            events.wake_rarely();
+        }
         loop {
             match self.next().await {
                 Some(GenerationEvent::Prompt(more)) => prompt.extend(more),
@@ -175,8 +194,7 @@ impl GenerationStream {
     }
 
     fn token(&mut self, token: Token, end: Option<EndReason>) -> GenerationEvent {
-        let now = Instant::now();
-        self.record_token_time(now);
+        let since = Instant::now();
         self.generated_tokens += 1;
         let piece = self.detokenizer.push(token.id);
         let mut watched = self.stop.push(piece);
@@ -195,7 +213,7 @@ impl GenerationStream {
             None => None,
         };
         let special = self.tokenizer.is_special(token.id);
-        Stage::Detokenize.done(now);
+        Stage::Detokenize.done(since);
         let end = reason.map(|reason| self.end(reason));
         GenerationEvent::Token(GeneratedToken { token, special, text: watched.text, end })
     }
@@ -218,10 +236,11 @@ impl GenerationStream {
         GenerationEvent::Failed(failure)
     }
 
-    fn record_token_time(&mut self, now: Instant) {
-        match self.last_token.replace(now) {
-            None => metrics::record_first_token(now - self.arrived),
-            Some(before) => metrics::record_next_token(now - before),
+    /// As the shards gave it: how fast its reader is does not count.
+    fn record_token_time(&mut self, at: Instant) {
+        match self.last_token.replace(at) {
+            None => metrics::record_first_token(at.saturating_duration_since(self.arrived)),
+            Some(before) => metrics::record_next_token(at.saturating_duration_since(before)),
         }
     }
 }
@@ -236,22 +255,31 @@ impl Drop for GenerationStream {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use futures::stream;
+    use futures::stream::{self, BoxStream};
 
     use super::*;
     use crate::text::stop_strings::StopText;
     use crate::text::tokenizer::tests::byte_level;
 
+    /// A script, which waits for nobody.
+    impl TokenEvents for BoxStream<'static, TokenEvent> {
+        fn wake_rarely(&mut self) {}
+    }
+
     /// Events of a sequence with these tokens.
     pub(crate) fn events(ids: &[u32], end: EndReason) -> Vec<TokenEvent> {
         let mut events = vec![TokenEvent::Started { queue_time: Duration::from_millis(2), cached_tokens: 0 }];
-        for (at, id) in ids.iter().enumerate() {
+        for (index, id) in ids.iter().enumerate() {
             let token = Token {
                 id: TokenId(*id),
                 logprob: -0.5,
                 top: vec![(TokenId(*id), -0.5), (TokenId(97), -1.5)],
             };
-            events.push(TokenEvent::Token { token, end: (at + 1 == ids.len()).then_some(end) });
+            events.push(TokenEvent::Token {
+                token,
+                end: (index + 1 == ids.len()).then_some(end),
+                at: Instant::now(),
+            });
         }
         events
     }
@@ -259,7 +287,7 @@ pub(crate) mod tests {
     fn stream(events: Vec<TokenEvent>, stop: &[&str], stop_text: StopText) -> GenerationStream {
         let stop = StopStrings::new(stop.iter().map(ToString::to_string).collect(), stop_text);
         let input = StreamInput {
-            events: stream::iter(events).boxed(),
+            events: Box::new(stream::iter(events).boxed()),
             prompt: vec![TokenId(257)],
             stop,
             arrived: Instant::now(),

@@ -188,7 +188,7 @@ impl<'a> Player<'a> {
             match event {
                 TokenEvent::Started { cached_tokens, .. } => self.outcome.cached_tokens += cached_tokens,
                 TokenEvent::Prompt(_) => {}
-                TokenEvent::Token { token, end } => {
+                TokenEvent::Token { token, end, .. } => {
                     match reader.last_token.replace(now) {
                         None => latencies.first_token.push(now.saturating_sub(reader.asked)),
                         Some(last) => latencies.between_tokens.push(now.saturating_sub(last)),

@@ -4,14 +4,13 @@ use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use futures::stream::{BoxStream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::config::RouterConfig;
 use crate::error::RequestError;
 use crate::metrics;
-use crate::scheduler::{SchedulerHandle, ServingInfo, Status, SubmitError, TokenEvent, TokenRequest};
-use crate::stream::{Generated, GenerationStream, StreamInput};
+use crate::scheduler::{SchedulerHandle, ServingInfo, Status, SubmitError, TokenRequest};
+use crate::stream::{Generated, GenerationStream, StreamInput, TokenEvents};
 use crate::text::tokenizer::Tokenizer;
 use crate::validate::{GenerationRequest, Validator};
 
@@ -45,20 +44,16 @@ pub(crate) struct Serving {
 /// Takes requests for tokens: the scheduler, or a script in tests.
 pub(crate) trait Backend: Send + Sync + 'static {
     /// Takes all of `requests` or none. A stream ends with a `Token` with an `end`, or `Failed`.
-    fn submit(&self, requests: Vec<TokenRequest>)
-    -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError>;
+    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<Box<dyn TokenEvents>>, SubmitError>;
 
     /// Whether requests are taken.
     fn status(&self) -> Status;
 }
 
 impl Backend for SchedulerHandle {
-    fn submit(
-        &self,
-        requests: Vec<TokenRequest>,
-    ) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
+    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<Box<dyn TokenEvents>>, SubmitError> {
         let streams = SchedulerHandle::submit(self, requests)?;
-        Ok(streams.into_iter().map(StreamExt::boxed).collect())
+        Ok(streams.into_iter().map(|stream| Box::new(stream) as Box<dyn TokenEvents>).collect())
     }
 
     fn status(&self) -> Status {

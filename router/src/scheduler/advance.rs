@@ -123,7 +123,8 @@ impl Scheduler {
         if got == remaining && end.is_none() {
             return Err(WrongAnswer::NotEnded { step, sequence: row.sequence });
         }
-        let cost = entry.report_tokens(tokens, end, &mut self.wakes);
+        let at = self.answered_at.expect("the time of an answer is noted before its tokens are taken");
+        let cost = entry.report_tokens(tokens, end, at, &mut self.wakes);
         self.fairness.charge(entry.place.account, cost);
         sequence.answered += got - 1;
         sequence.computed = sequence.computed.max(sequence.answered);

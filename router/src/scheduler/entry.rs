@@ -155,6 +155,7 @@ impl Entry {
         &mut self,
         tokens: Vec<Token>,
         end: Option<EndReason>,
+        at: Instant,
         wakes: &mut Wakes,
     ) -> u64 {
         let cost = tokens.len() as u64 * GENERATED_TOKEN;
@@ -162,7 +163,7 @@ impl Entry {
         metrics::record_generated_tokens(tokens.len());
         for (index, token) in tokens.into_iter().enumerate() {
             self.generated.push(token.id);
-            self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last) }, wakes);
+            self.events.send(TokenEvent::Token { token, end: end.filter(|_| index == last), at }, wakes);
         }
         self.hashes.extend(&self.request.prompt, &self.generated);
         cost

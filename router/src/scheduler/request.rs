@@ -1,7 +1,7 @@
 //! What the scheduler takes and gives: token ids and numbers only, no text.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::units::TokenId;
 
@@ -120,6 +120,8 @@ pub enum TokenEvent {
         token: Token,
         /// Present with the last token.
         end: Option<EndReason>,
+        /// When the shards' answer came. Its reader may see it later.
+        at: Instant,
     },
     /// The request ended without a result; nothing follows.
     Failed(Failure),

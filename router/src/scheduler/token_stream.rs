@@ -36,6 +36,12 @@ impl TokenStream {
         poll_fn(|context| self.poll_event(context)).await
     }
 
+    /// From now on the reader is woken only when the stream has ended or half of the room for events is used: for a reader
+    /// that does nothing before the end. What it would do for each token costs less when it is done for many.
+    pub(crate) fn wake_rarely(&mut self) {
+        self.channel.lock().wake_at = CAPACITY / 2;
+    }
+
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
         if self.permit.is_none() {
             return Poll::Ready(None);
@@ -80,7 +86,13 @@ impl EventSender {
     pub(crate) fn has_room(&self, num_events: usize) -> bool {
         let mut state = self.channel.lock();
         let has_room = CAPACITY - state.events.len() >= num_events;
-        state.stalled |= !has_room;
+        if !has_room {
+            state.stalled = true;
+            // One that is not woken for each event is not to be waited for in vain.
+            let reader = state.reader.take();
+            drop(state);
+            reader.into_iter().for_each(Waker::wake);
+        }
         has_room
     }
 
@@ -92,8 +104,11 @@ impl EventSender {
             state.events.len() < CAPACITY,
             "room for a step's events is checked before the step is planned"
         );
+        let is_last = matches!(event, TokenEvent::Token { end: Some(_), .. });
         state.events.push_back(event);
-        wakes.0.extend(state.reader.take());
+        if is_last || state.events.len() >= state.wake_at {
+            wakes.0.extend(state.reader.take());
+        }
     }
 
     /// Ends the stream without a result, after the events that are in it.
@@ -152,6 +167,8 @@ struct State {
     events: VecDeque<TokenEvent>,
     /// The reader, while it waits.
     reader: Option<Waker>,
+    /// Events at which it is woken, if none of them is the last one.
+    wake_at: usize,
     /// Whether the scheduler has passed the request over for want of room, and was not told since that there is some.
     stalled: bool,
     /// Whether the scheduler has let go of the request.
@@ -199,11 +216,13 @@ fn stopped() -> Failure {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::Wake;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
+    use proto::units::TokenId;
     use tokio::sync::Semaphore;
 
     use super::*;
+    use crate::scheduler::request::{EndReason, Token};
 
     #[derive(Default)]
     struct Count(AtomicUsize);
@@ -252,6 +271,32 @@ mod tests {
         sender.send(event(), &mut wakes);
         wakes.wake();
         assert_eq!(woken(&count), 2);
+    }
+
+    #[test]
+    fn a_reader_that_wants_all_is_woken_when_half_is_full_when_others_wait_for_it_and_at_the_end() {
+        let last = || TokenEvent::Token {
+            token: Token { id: TokenId(1), logprob: 0.0, top: Vec::new() },
+            end: Some(EndReason::Length),
+            at: Instant::now(),
+        };
+        let mut wakes = Wakes::default();
+        let mut woken_by = |events: Vec<TokenEvent>, room: usize| {
+            let (sender, mut stream, count) = waiting();
+            stream.wake_rarely();
+            for event in events {
+                sender.send(event, &mut wakes);
+            }
+            assert_eq!(sender.has_room(room), room == 0);
+            wakes.wake();
+            let woken = woken(&count);
+            drop((sender, stream));
+            woken
+        };
+        assert_eq!(woken_by(vec![event(); CAPACITY / 2 - 1], 0), 0);
+        assert_eq!(woken_by(vec![event(); CAPACITY / 2], 0), 1);
+        assert_eq!(woken_by(vec![event(); 5], CAPACITY), 1);
+        assert_eq!(woken_by(vec![event(), last()], 0), 1);
     }
 
     #[test]

@@ -367,7 +367,7 @@ async fn requests_are_served_from_start_to_end() {
     for (stream, tokens) in streams.iter_mut().zip([5..8, 30..48]) {
         assert!(matches!(stream.next().await, Some(TokenEvent::Started { .. })));
         for position in tokens.clone() {
-            let Some(TokenEvent::Token { token, end }) = stream.next().await else {
+            let Some(TokenEvent::Token { token, end, .. }) = stream.next().await else {
                 panic!("a token is missing")
             };
             assert_eq!(token.id, TokenId(position));

@@ -34,6 +34,11 @@ impl StopStrings {
         Self { strings, stop_text, held: String::new() }
     }
 
+    /// Whether there is nothing to watch for.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.strings.is_empty()
+    }
+
     /// Takes the next piece. Nothing may be pushed once it has stopped.
     ///
     /// Of several stop strings the one that is complete first counts, so that the borders of tokens make no difference.

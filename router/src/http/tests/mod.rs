@@ -8,12 +8,12 @@ mod tgi;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use clap::Parser;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, StreamExt};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use proto::units::TokenId;
@@ -27,6 +27,7 @@ use crate::scheduler::{
     DataType, Device, EndReason, Failure, Sampling, ServingInfo, Status, SubmitError, Token, TokenEvent,
     TokenRequest,
 };
+use crate::stream::TokenEvents;
 use crate::text::tokenizer::tests::byte_level;
 use crate::validate::tests::validator;
 
@@ -44,15 +45,15 @@ struct Script {
 struct Scripted(Arc<Script>);
 
 impl Backend for Scripted {
-    fn submit(
-        &self,
-        requests: Vec<TokenRequest>,
-    ) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
+    fn submit(&self, requests: Vec<TokenRequest>) -> Result<Vec<Box<dyn TokenEvents>>, SubmitError> {
         if let Some(refusal) = &self.0.refusal {
             return Err(refusal.clone());
         }
         let mut answers = self.0.answers.lock().unwrap();
-        let streams = requests.iter().map(|_| stream::iter(answers.pop_front().expect("a script")).boxed());
+        let streams = requests.iter().map(|_| {
+            let events = stream::iter(answers.pop_front().expect("a script"));
+            Box::new(events.boxed()) as Box<dyn TokenEvents>
+        });
         let streams = streams.collect();
         self.0.submitted.lock().unwrap().extend(requests);
         Ok(streams)
@@ -65,7 +66,7 @@ impl Backend for Scripted {
 
 fn token(id: u32, end: Option<EndReason>) -> TokenEvent {
     let top = vec![(TokenId(id), -0.25), (TokenId(u32::from(b'z')), f32::NEG_INFINITY)];
-    TokenEvent::Token { token: Token { id: TokenId(id), logprob: -0.25, top }, end }
+    TokenEvent::Token { token: Token { id: TokenId(id), logprob: -0.25, top }, end, at: Instant::now() }
 }
 
 /// The bytes of `text`, then the end of the sequence.

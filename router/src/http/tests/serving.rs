@@ -64,10 +64,10 @@ async fn a_client_that_goes_away_lets_go_of_its_sequence() {
     }
     struct Endless(Arc<std::sync::atomic::AtomicBool>);
     impl Backend for Endless {
-        fn submit(&self, _: Vec<TokenRequest>) -> Result<Vec<BoxStream<'static, TokenEvent>>, SubmitError> {
+        fn submit(&self, _: Vec<TokenRequest>) -> Result<Vec<Box<dyn TokenEvents>>, SubmitError> {
             let told = Told(Arc::clone(&self.0));
             let events = stream::unfold(told, |told| async move { Some((token(97, None), told)) });
-            Ok(vec![events.boxed()])
+            Ok(vec![Box::new(events.boxed())])
         }
         fn status(&self) -> Status {
             Status::Ready

@@ -81,7 +81,7 @@ async fn log_probabilities_have_the_same_digits_streamed_or_not() {
     let parameters = json!({"details": true});
     let events = || {
         let token = Token { id: TokenId(97), logprob: -0.1, top: Vec::new() };
-        let events = vec![TokenEvent::Token { token, end: Some(EndReason::Length) }];
+        let events = vec![TokenEvent::Token { token, end: Some(EndReason::Length), at: Instant::now() }];
         with_script(Script { answers: Mutex::new([events].into()), ..Default::default() })
     };
     let body = json!({"inputs": "a", "parameters": parameters});

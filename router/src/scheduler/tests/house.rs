@@ -263,7 +263,7 @@ impl Reader {
                 assert!(self.transcript.tokens.is_empty(), "the prompt comes before the tokens");
                 self.transcript.prompt.extend(tokens);
             }
-            TokenEvent::Token { token, end } => {
+            TokenEvent::Token { token, end, .. } => {
                 self.transcript.tokens.push(token);
                 self.transcript.end = end;
                 self.ended = end.is_some();
