@@ -22,13 +22,16 @@ const OLDEST_CUDA: (u32, u32) = (12, 8);
 const ARCHITECTURES: &str = "80,89,90a";
 const OLDEST_ARCHITECTURE: &str = "80";
 
+/// What nvcc reads by itself. `NVCC_APPEND_FLAGS=-lineinfo` shows profilers the lines of the sources.
+const NVCC_VARIABLES: [&str; 3] = ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
     println!("cargo::rerun-if-changed=cuda");
-    for name in ["NVCC", "CUDA_HOME", "PATH", "NVCC_CCBIN", "LAMPLIGHTER_CUDA_ARCHS"] {
+    for name in ["NVCC", "CUDA_HOME", "PATH", "LAMPLIGHTER_CUDA_ARCHS"].iter().chain(&NVCC_VARIABLES) {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo gives it"));
@@ -91,8 +94,9 @@ impl Compiler {
     }
 
     fn arguments(&self) -> Vec<String> {
+        // Compressed, it is a quarter of the size; the driver unpacks what it loads.
         let mut arguments: Vec<String> =
-            ["--fatbin", "-std=c++17", "-O3", "-Icuda", "--expt-relaxed-constexpr", "-lineinfo"]
+            ["--fatbin", "-std=c++17", "-O3", "-Icuda", "--expt-relaxed-constexpr", "--compress-mode=size"]
                 .map(String::from)
                 .into();
         let mut code_for = |compute: &str, code: String| {
@@ -130,12 +134,15 @@ impl Compiler {
     fn compile(&self, source: &Source, out: &Path) -> Result<Compiled> {
         let mut hasher = DefaultHasher::new();
         (source.hash, &self.nvcc, self.version, self.arguments()).hash(&mut hasher);
+        NVCC_VARIABLES.map(env::var_os).hash(&mut hasher);
         let target = out.join(format!("{}-{:016x}.fatbin", source.name, hasher.finish()));
         if !target.exists() {
             forget_older(&source.name, out);
             let partial = target.with_extension("partial");
             let output = Command::new(&self.nvcc)
                 .args(self.arguments())
+                // Code for several GPUs at a time: most of the time goes into few files.
+                .arg("--threads=0")
                 .arg("-o")
                 .arg(&partial)
                 .arg(&source.path)
