@@ -20,6 +20,7 @@ CUresult cuCtxSynchronize();
 CUresult cuModuleLoadData(void**, const void*);
 CUresult cuModuleGetFunction(void**, void*, const char*);
 CUresult cuFuncSetAttribute(void*, int, int);
+CUresult cuFuncGetParamInfo(void*, size_t, size_t*, size_t*);
 CUresult cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
 CUresult cuMemAlloc_v2(CUdeviceptr*, size_t);
 CUresult cuMemFree_v2(CUdeviceptr);

@@ -60,8 +60,8 @@ template <class... A> struct Invoke {
 };
 template <class... A>
 Kernel kernel_of(const char* name, void (*function)(A...), unsigned max_threads, char* shared_begin, char* shared_end) {
-  return Kernel{name,        reinterpret_cast<void (*)()>(function), &Invoke<A...>::run, {sizeof(A)...},
-                max_threads, shared_begin,                           shared_end};
+  return Kernel{name,          reinterpret_cast<void (*)()>(function), &Invoke<A...>::run, {sizeof(A)...},
+                {alignof(A)...}, max_threads,                            shared_begin,       shared_end};
 }
 
 template <class T> struct Shuffle {

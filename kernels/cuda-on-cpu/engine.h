@@ -26,7 +26,7 @@ struct Kernel {
   void (*function)();
   // Calls `function` with the values that the parameters point to.
   void (*invoke)(void (*function)(), void** parameters);
-  std::vector<size_t> parameter_bytes;
+  std::vector<size_t> parameter_bytes, parameter_alignments;
   unsigned max_threads;
   // The static shared memory of the kernel's source file.
   char* shared_begin;

@@ -210,6 +210,23 @@ CUDA_API CUresult cuFuncGetName(const char** name, void* handle) {
   return CUDA_SUCCESS;
 }
 
+// A parameter's size and place, as the compiler lays a structure of all of them out.
+CUDA_API CUresult cuFuncGetParamInfo(void* handle, size_t index, size_t* offset, size_t* bytes) {
+  Lock lock(state);
+  const Function* function = find_function(handle);
+  if (!function) return CUDA_ERROR_INVALID_HANDLE;
+  const Kernel& kernel = *function->kernel;
+  if (index >= kernel.parameter_bytes.size()) return CUDA_ERROR_INVALID_VALUE;
+  size_t end = 0, place = 0;
+  for (size_t i = 0; i <= index; i++) {
+    place = (end + kernel.parameter_alignments[i] - 1) / kernel.parameter_alignments[i] * kernel.parameter_alignments[i];
+    end = place + kernel.parameter_bytes[i];
+  }
+  if (offset) *offset = place;
+  if (bytes) *bytes = kernel.parameter_bytes[index];
+  return CUDA_SUCCESS;
+}
+
 CUDA_API CUresult cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                                  unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream_handle,
                                  void** parameters, void** extra) {

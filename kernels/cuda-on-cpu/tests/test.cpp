@@ -355,6 +355,14 @@ void parameters_arrive() {
   SAME(cuFuncSetAttribute(function, 8, 228 << 10), 1);
   SAME(cuFuncSetAttribute(function, 8, 227 << 10), 0);
   SAME(cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 227 << 10, stream, parameters, nullptr), 0);
+  size_t offset, bytes;
+  SAME(cuFuncGetParamInfo(function, 2, &offset, &bytes), 0);
+  SAME(offset, 16);
+  SAME(bytes, sizeof(several));
+  SAME(cuFuncGetParamInfo(function, 5, &offset, &bytes), 0);
+  SAME(offset, 44);
+  SAME(bytes, 1);
+  SAME(cuFuncGetParamInfo(function, 6, &offset, &bytes), 1);
   SAME(cuModuleGetFunction(&function, module_handle, "no_such_kernel"), 500);
 }
 
