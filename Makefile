@@ -79,6 +79,9 @@ test-cuda: toolchain cuda-on-cpu ## Test the CUDA half without a GPU: kernels co
 	NVCC=$(NVCC_STAND_IN) $(CARGO) build $(CARGO_FLAGS) --workspace --bins --features cuda
 	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast
+	@echo "Again, with threads in the reverse order and streams that run only when somebody waits:"
+	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) CUDA_ON_CPU_ORDER=reverse CUDA_ON_CPU_LAZY=1 \
+	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast
 
 lint: toolchain ## Check format and lints; warnings are errors
 	$(CARGO) fmt --all --check
