@@ -10,6 +10,7 @@
 
 #include <map>
 #include <memory>
+#include <numeric>
 #include <unordered_map>
 
 #include "fiber.h"
@@ -54,8 +55,7 @@ struct Warp {
 
 enum class Order { Forward, Reverse, Random };
 
-// One launch runs at a time (the driver sees to it), so its state is global: kernels find it without asking.
-struct {
+struct Engine {
   Thread threads[MAX_THREADS];
   Warp warps[MAX_THREADS / WARP_LANES];
   unsigned num_threads, num_warps;
@@ -71,7 +71,15 @@ struct {
   siginfo_t fault;  // si_signo is 0 if there was none
   Order order;
   uint64_t random;
-} engine;
+};
+// Without destruction: threads of the process may still use it while it ends.
+union Undestroyed {
+  Engine engine;
+  Undestroyed() : engine() {}
+  ~Undestroyed() {}
+} undestroyed;
+// One launch runs at a time (the driver sees to it), so its state is global: kernels find it without asking.
+constexpr Engine& engine = undestroyed.engine;
 
 // Of the operating system's thread that runs a kernel now.
 thread_local bool runs_kernel = false;
@@ -79,7 +87,7 @@ thread_local bool runs_kernel = false;
 constexpr size_t SHARED_CAPACITY = 256 << 10;
 
 std::unordered_map<std::string, Kernel>& kernels() {
-  static std::unordered_map<std::string, Kernel> registered;
+  static auto& registered = *new std::unordered_map<std::string, Kernel>;
   return registered;
 }
 
@@ -92,6 +100,13 @@ Order order_of_environment() {
   abort();
 }
 
+uint64_t random_number() {
+  engine.random ^= engine.random << 13;
+  engine.random ^= engine.random >> 7;
+  engine.random ^= engine.random << 17;
+  return engine.random;
+}
+
 unsigned choose(unsigned set) {
   switch (engine.order) {
     case Order::Forward:
@@ -99,10 +114,7 @@ unsigned choose(unsigned set) {
     case Order::Reverse:
       return 31 - __builtin_clz(set);
     default:
-      engine.random ^= engine.random << 13;
-      engine.random ^= engine.random >> 7;
-      engine.random ^= engine.random << 17;
-      for (unsigned skip = engine.random % __builtin_popcount(set); skip > 0; skip--) set &= set - 1;
+      for (unsigned skip = unsigned(random_number() % unsigned(__builtin_popcount(set))); skip > 0; skip--) set &= set - 1;
       return __builtin_ctz(set);
   }
 }
@@ -365,8 +377,12 @@ int run(const Launch& launch) {
   gridDim = dim3(launch.grid.x, launch.grid.y, launch.grid.z);
   runs_kernel = true;
   const size_t count = launch.grid.count();
-  for (size_t i = 0; i < count && engine.result == 0; i++) {
-    const size_t block = engine.order == Order::Reverse ? count - 1 - i : i;
+  // Steps that have no divisor in common with the count reach every block once.
+  size_t step = engine.order == Order::Random ? random_number() % count : 1;
+  while (std::gcd(step, count) != 1) step++;
+  if (engine.order == Order::Reverse) step = count - 1;
+  size_t block = engine.order == Order::Forward ? 0 : count - 1;
+  for (size_t i = 0; i < count && engine.result == 0; i++, block = (block + step) % count) {
     blockIdx = uint3{unsigned(block % launch.grid.x), unsigned(block / launch.grid.x % launch.grid.y),
                      unsigned(block / launch.grid.x / launch.grid.y)};
     run_block();

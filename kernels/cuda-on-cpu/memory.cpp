@@ -51,6 +51,7 @@ const Allocation* containing(CUdeviceptr address) {
 }
 
 std::string describe(uintptr_t address) {
+  Lock lock(state);
   const auto relation = [&](const Allocation& allocation, const char* adjective) {
     const auto begin = uintptr_t(allocation.begin()), end = begin + allocation.bytes;
     char text[160];
