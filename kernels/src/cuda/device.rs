@@ -57,7 +57,6 @@ pub(crate) struct Properties {
     pub(crate) num_multiprocessors: usize,
     /// The most shared memory of a block, static and dynamic.
     pub(crate) shared_bytes: usize,
-    pub(crate) l2_bytes: usize,
 }
 
 impl Device {
@@ -200,8 +199,9 @@ impl Drop for Device {
     }
 }
 
-/// Looks for the driver before it is called, which would panic without.
-fn find_device(ordinal: usize) -> Result<sys::CUdevice> {
+/// Devices that CUDA shows to this process. Looks for the driver before it is called, which would panic
+/// without.
+pub(crate) fn num_devices() -> Result<usize> {
     let unavailable = |message: String| Err(Error::Unavailable(message));
     // SAFETY: opens the driver's library, whose initializers are the system's concern.
     if !unsafe { sys::is_culib_present() } {
@@ -215,7 +215,7 @@ fn find_device(ordinal: usize) -> Result<sys::CUdevice> {
     if answer != sys::CUresult::CUDA_SUCCESS {
         return unavailable(format!("the NVIDIA driver finds no usable GPU: {}", describe(answer)));
     }
-    let (mut version, mut count, mut device) = (0, 0, 0);
+    let (mut version, mut count) = (0, 0);
     // SAFETY: the driver is initialized.
     check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
     if version / 1000 < modules::TOOLKIT_VERSION / 1000 {
@@ -227,11 +227,17 @@ fn find_device(ordinal: usize) -> Result<sys::CUdevice> {
     }
     // SAFETY: as above.
     check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
-    if ordinal >= count as usize {
-        return unavailable(format!(
+    Ok(count as usize)
+}
+
+fn find_device(ordinal: usize) -> Result<sys::CUdevice> {
+    let count = num_devices()?;
+    if ordinal >= count {
+        return Err(Error::Unavailable(format!(
             "there is no GPU {ordinal}: CUDA shows {count} to this process (CUDA_VISIBLE_DEVICES chooses among them)"
-        ));
+        )));
     }
+    let mut device = 0;
     // SAFETY: the ordinal is below the number of devices.
     check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, ordinal as i32) })?;
     Ok(device)
@@ -273,7 +279,6 @@ impl Properties {
             capability,
             num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared_bytes: shared_bytes as usize,
-            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         })
     }
 }

@@ -88,15 +88,19 @@ fn a_recorded_step_does_the_same_again_with_what_memory_then_holds() {
     let mut residual = fixture.upload(&sum, DType::F32, LAYOUTS[0]);
     let there = fixture.upload(&x, DType::F32, LAYOUTS[1]);
     let mut out = fixture.poisoned(3, 256, DType::F32, LAYOUTS[2]);
-    let mut step =
-        || add_rms_norm(&fixture.cuda, residual.view_mut(), there.view(), &there_weight, 1e-5, out.view_mut());
+    let mut step = || {
+        add_rms_norm(&fixture.cuda, residual.view_mut(), there.view(), &there_weight, 1e-5, out.view_mut())
+    };
     step().expect("shapes fit");
     let graph = fixture.cuda.capture(step).expect("it is recorded");
     let mut expected = Tensor::zeros(3, 256, DType::F32);
     let mut once_more = || {
         add_rms_norm(&fixture.cpu, sum.view_mut(), x.view(), &weight, 1e-5, expected.view_mut())
             .expect("shapes fit");
-        (sum.to_dtype(DType::F32).expect("a float type"), expected.to_dtype(DType::F32).expect("a float type"))
+        (
+            sum.to_dtype(DType::F32).expect("a float type"),
+            expected.to_dtype(DType::F32).expect("a float type"),
+        )
     };
     // Recording it did not run it.
     let (sum, expected) = once_more();

@@ -65,7 +65,9 @@ fn add_rms_norm_is_that_of_the_cpu() {
 fn rms_norm_of_heads_is_that_of_the_cpu() {
     let mut fixture = Fixture::new(4);
     for dtype in ACTIVATIONS {
-        for (rows, heads, head_dim) in [(1, 1, 1), (3, 5, 64), (2, 3, 80), (2, 1, 256), (3, 2, 300), (0, 2, 64)] {
+        for (rows, heads, head_dim) in
+            [(1, 1, 1), (3, 5, 64), (2, 3, 80), (2, 1, 256), (3, 2, 300), (0, 2, 64)]
+        {
             for layout in LAYOUTS {
                 let mut expected = fixture.values(rows, heads * head_dim, dtype);
                 let weight = fixture.values(1, head_dim, DType::F32);
