@@ -21,6 +21,16 @@ pub(crate) struct Grid {
     pub(crate) shared_bytes: u32,
 }
 
+impl Grid {
+    /// As `cuda/rows.cuh` has it: a block for each piece of each row, 16 bytes of `dtype` for each thread.
+    pub(crate) fn of_rows(rows: usize, cols: usize, dtype: DType) -> Self {
+        let packs = cols.div_ceil(16 / dtype.size_in_bytes());
+        let threads = packs.next_multiple_of(32).clamp(32, 256);
+        let pieces = packs.div_ceil(threads);
+        Self { blocks: [rows as u32, pieces as u32, 1], threads: threads as u32, shared_bytes: 0 }
+    }
+}
+
 /// What a kernel is given: an address or a number.
 #[derive(Clone, Copy)]
 pub(crate) struct Argument {

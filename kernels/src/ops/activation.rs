@@ -1,8 +1,11 @@
 //! Element-wise activations and sums.
 
-use super::operands::{SharedRows, matrix, matrix_mut, require_f32_matrix};
+use super::operands::{SharedRows, matrix, matrix_mut, on_cuda, require_f32_matrix};
 use crate::simd::{Float, Kernel, Simd, erf, silu, spans, tanh};
 use crate::{Context, Result, View, ViewMut};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// An exponential and a division weigh as much as a few loads.
 const ELEMENT_WEIGHT: usize = 4;
@@ -22,15 +25,17 @@ pub enum Activation {
     SquaredRelu,
 }
 
-/// `out = silu(gate) * up`. `gate_up`: f32 `[rows, 2 * cols]`, gates first; `out`: f32 `[rows, cols]`.
+/// `out = silu(gate) * up`. `gate_up`: f32 `[rows, 2 * cols]`, gates first; `out`: f32 `[rows, cols]`; both on a GPU also
+/// f16 or bf16.
 pub fn silu_mul(context: &Context, gate_up: View<'_>, out: ViewMut<'_>) -> Result<()> {
     gated(context, Activation::Silu, gate_up, out)
 }
 
 /// `out = activation(gate) * up` (Shazeer 2020, arXiv:2002.05202). `gate_up`: f32 `[rows, 2 * cols]`, gates first; `out`:
-/// f32 `[rows, cols]`.
+/// f32 `[rows, cols]`; both on a GPU also f16 or bf16.
 pub fn gated(context: &Context, activation: Activation, gate_up: View<'_>, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "gated";
+    on_cuda!(context, |device| cuda::gated(device, activation, gate_up, out));
     let (rows, cols) = (out.rows(), out.cols());
     require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
     require_f32_matrix(OP, "gate_up", matrix(gate_up), (rows, 2 * cols))?;
@@ -44,9 +49,10 @@ pub fn gated(context: &Context, activation: Activation, gate_up: View<'_>, out: 
     Ok(())
 }
 
-/// `out = activation(x)`. Both f32 `[rows, cols]`.
+/// `out = activation(x)`. Both f32 `[rows, cols]`, on a GPU also f16 or bf16.
 pub fn activate(context: &Context, activation: Activation, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "activate";
+    on_cuda!(context, |device| cuda::activate(device, activation, x, out));
     let (rows, cols) = (out.rows(), out.cols());
     require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
     require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
@@ -59,9 +65,10 @@ pub fn activate(context: &Context, activation: Activation, x: View<'_>, out: Vie
     Ok(())
 }
 
-/// `x += y`. Both f32 `[rows, cols]`.
+/// `x += y`. Both f32 `[rows, cols]`, `y` on a GPU also f16 or bf16.
 pub fn add(context: &Context, x: ViewMut<'_>, y: View<'_>) -> Result<()> {
     const OP: &str = "add";
+    on_cuda!(context, |device| cuda::add(device, x, y));
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix_mut(&x), (rows, cols))?;
     require_f32_matrix(OP, "y", matrix(y), (rows, cols))?;

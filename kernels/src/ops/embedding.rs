@@ -3,10 +3,14 @@
 use half::{bf16, f16};
 
 use super::operands::{
-    SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
+    SharedRows, matrix, matrix_mut, on_cuda, require, require_f32_matrix, require_float, u32_vector,
+    u32_vector_mut, unsupported_float,
 };
 use crate::simd::{Float, Kernel, Simd, spans};
-use crate::{Context, DType, Result, Tensor, View, ViewMut};
+use crate::{Context, DType, Error, Result, Tensor, View, ViewMut};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// `out[i] = table[ids[i] - first_id]`, or zeros where the id is not in this rank's part of the table, so that a sum
 /// over the ranks gives each row once.
@@ -20,6 +24,7 @@ pub fn embedding(
     out: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "embedding";
+    on_cuda!(context, |device| cuda::embedding(device, ids, table, first_id, out));
     let (rows, cols) = (out.rows(), table.cols());
     require_float(OP, table.dtype())?;
     require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;
@@ -40,9 +45,11 @@ pub fn embedding(
     Ok(())
 }
 
-/// `out[i] = x[rows[i]]`. `x`, `out`: f32 of the same width; `rows`: u32 `[1, n]`, each below `x.rows()`.
+/// `out[i] = x[rows[i]]`. `x`, `out`: f32 of the same width, on a GPU also both f16 or both bf16; `rows`: u32 `[1, n]`, each
+/// below `x.rows()` (a GPU, which is not waited for, answers others with zeros).
 pub fn gather_rows(context: &Context, x: View<'_>, rows: View<'_>, out: ViewMut<'_>) -> Result<()> {
     const OP: &str = "gather_rows";
+    on_cuda!(context, |device| cuda::gather_rows(device, x, rows, out));
     require_f32_matrix(OP, "x", matrix(x), (x.rows(), x.cols()))?;
     require_f32_matrix(OP, "out", matrix_mut(&out), (out.rows(), x.cols()))?;
     let rows = u32_vector(OP, "rows", rows, out.rows())?;
@@ -54,6 +61,32 @@ pub fn gather_rows(context: &Context, x: View<'_>, rows: View<'_>, out: ViewMut<
         // SAFETY: each task has rows of its own.
         unsafe { out.row(i) }.copy_from_slice(x.row(rows[i] as usize));
     });
+    Ok(())
+}
+
+/// The bit of an id that makes it the number of a place among the last tokens.
+pub const LAST_TOKEN_OF: u32 = 1 << 31;
+
+/// `out[i] = ids[i]`, or the last token at the place that the other bits of the id name where it has the bit
+/// [`LAST_TOKEN_OF`]: tokens that a step needs before the host has seen them. `ids`, `out`: u32 `[1, rows]`; `last_tokens`: u32
+/// `[1, places]` (a GPU answers other places with token 0).
+pub fn resolve_ids(context: &Context, ids: View<'_>, last_tokens: View<'_>, out: ViewMut<'_>) -> Result<()> {
+    const OP: &str = "resolve_ids";
+    on_cuda!(context, |device| cuda::resolve_ids(device, ids, last_tokens, out));
+    let ids = u32_vector(OP, "ids", ids, ids.cols())?;
+    let last_tokens = u32_vector(OP, "last_tokens", last_tokens, last_tokens.cols())?;
+    let out = u32_vector_mut(OP, "out", out, ids.len())?;
+    for (out, &id) in out.iter_mut().zip(ids) {
+        *out = if id & LAST_TOKEN_OF == 0 {
+            id
+        } else {
+            let place = id & !LAST_TOKEN_OF;
+            *last_tokens.get(place as usize).ok_or_else(|| Error::Shape {
+                op: OP,
+                message: format!("place {place} is beyond the {} last tokens", last_tokens.len()),
+            })?
+        };
+    }
     Ok(())
 }
 

@@ -11,3 +11,4 @@ pub mod moe;
 pub mod norm;
 pub(crate) mod operands;
 pub mod rotary;
+pub mod sampling;

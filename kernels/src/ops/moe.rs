@@ -5,10 +5,13 @@
 
 use std::ops::Range;
 
-use super::operands::{SharedRows, matrix, matrix_mut, require, require_f32_matrix};
+use super::operands::{SharedRows, matrix, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::ops::logits;
 use crate::simd::{Float, Kernel, Simd, spans};
 use crate::{Context, Result, View, ViewMut};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// How experts are chosen by the router's logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,9 +23,14 @@ pub struct TopK {
 }
 
 /// Rows grouped by expert. Its buffers are kept from step to step.
+///
+/// On a GPU the host does not learn who goes where: [`Routing::starts`], [`Routing::gather`] and [`Routing::combine`] are what
+/// there is; the rest is of a routing on the CPU, and panics.
 #[derive(Debug, Default)]
 pub struct Routing {
     experts_per_row: usize,
+    #[cfg(feature = "cuda")]
+    on_device: Option<cuda::OnDevice>,
     /// `[rows, experts_per_row]`, the most likely first.
     chosen: Vec<Choice>,
     /// Of each expert's slots, the first; one more at the end.
@@ -43,17 +51,38 @@ pub struct Choice {
 }
 
 impl Routing {
+    /// Makes room on a GPU for the largest step, because steps that are recorded need buffers that stay where they are. On
+    /// the CPU there is nothing to do.
+    pub fn reserve(
+        &mut self,
+        context: &Context,
+        max_rows: usize,
+        experts: usize,
+        experts_per_row: usize,
+    ) -> Result<()> {
+        let max_choices = max_rows * experts_per_row;
+        on_cuda!(context, |_| cuda::OnDevice::reserve(&mut self.on_device, context, max_choices, experts));
+        self.chosen.reserve(max_choices.saturating_sub(self.chosen.len()));
+        self.starts.reserve((experts + 1).saturating_sub(self.starts.len()));
+        Ok(())
+    }
+
     /// Chooses the experts of each row by softmax over all experts, of equally likely ones those with lower ids, and groups
     /// the rows by expert, in order of rows. `router_logits`: f32 `[rows, experts]`.
     pub fn route(&mut self, context: &Context, router_logits: View<'_>, top_k: TopK) -> Result<()> {
         const OP: &str = "route";
         let TopK { experts_per_row, renormalize } = top_k;
         let (rows, experts) = (router_logits.rows(), router_logits.cols());
-        require_f32_matrix(OP, "router_logits", matrix(router_logits), (rows, experts))?;
         require(OP, (1..=experts).contains(&experts_per_row), || {
             format!("{experts_per_row} experts for each row, expected 1 to {experts}")
         })?;
         self.experts_per_row = experts_per_row;
+        on_cuda!(context, |device| {
+            cuda::OnDevice::reserve(&mut self.on_device, context, rows * experts_per_row, experts)?;
+            let on_device = self.on_device.as_mut().expect("reserved above");
+            on_device.route(device, router_logits, top_k)
+        });
+        require_f32_matrix(OP, "router_logits", matrix(router_logits), (rows, experts))?;
         self.chosen.clear();
         self.chosen.resize(rows * experts_per_row, Choice::default());
         let chosen = SharedChoices(self.chosen.as_mut_ptr());
@@ -71,7 +100,7 @@ impl Routing {
 
     /// Counting sort, stable.
     fn group(&mut self, experts: usize) {
-        let Self { experts_per_row, chosen, starts, rows } = self;
+        let Self { experts_per_row, chosen, starts, rows, .. } = self;
         starts.clear();
         starts.resize(experts + 1, 0);
         for choice in &*chosen {
@@ -93,6 +122,15 @@ impl Routing {
         starts[0] = 0;
     }
 
+    /// u32 `[1, experts + 1]`, where the context computes: of each expert's slots the first, and the end of all.
+    pub fn starts(&self) -> View<'_> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_device) = &self.on_device {
+            return on_device.starts();
+        }
+        View::from_slice(&self.starts, 1, self.starts.len())
+    }
+
     /// Slots of an expert: the rows of the gathered matrix that it computes.
     pub fn slots(&self, expert: usize) -> Range<usize> {
         self.starts[expert] as usize..self.starts[expert + 1] as usize
@@ -108,15 +146,26 @@ impl Routing {
         &self.chosen[row * self.experts_per_row..][..self.experts_per_row]
     }
 
-    /// `out[slot] = x[rows()[slot]]`. `x`: f32 `[rows, cols]`; `out`: f32 `[rows * experts_per_row, cols]`.
+    /// `out[slot] = x[rows()[slot]]`. `x`: f32 `[rows, cols]`; `out`: f32 `[rows * experts_per_row, cols]`; on a GPU also both
+    /// f16 or both bf16.
     pub fn gather(&self, context: &Context, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
+        on_cuda!(context, |_| {
+            super::embedding::gather_rows(
+                context,
+                x,
+                cuda::routed("gather", self.on_device.as_ref())?.rows(),
+                out,
+            )
+        });
         super::embedding::gather_rows(context, x, View::from_slice(&self.rows, 1, self.rows.len()), out)
     }
 
     /// `out[row] = sum over its experts of weight * expert_out[slot]`, most likely first. `expert_out`: f32
-    /// `[rows * experts_per_row, cols]`; `out`: f32 `[rows, cols]`.
+    /// `[rows * experts_per_row, cols]`; `out`: f32 `[rows, cols]`; on a GPU also both f16 or both bf16.
     pub fn combine(&self, context: &Context, expert_out: View<'_>, out: ViewMut<'_>) -> Result<()> {
         const OP: &str = "combine";
+        on_cuda!(context, |device| cuda::routed(OP, self.on_device.as_ref())?
+            .combine(device, expert_out, out));
         let (rows, cols) = (self.rows.len() / self.experts_per_row.max(1), expert_out.cols());
         require_f32_matrix(OP, "expert_out", matrix(expert_out), (self.rows.len(), cols))?;
         require_f32_matrix(OP, "out", matrix_mut(&out), (rows, cols))?;

@@ -5,13 +5,15 @@ use std::marker::PhantomData;
 use crate::{DType, Error, Place, Result, Tensor, View, ViewMut};
 
 /// `on_cuda!(context, |device| cuda::add(device, x, y))` in an operation: what is done, and returned, where the context
-/// computes on a GPU. Nothing in a build without CUDA.
+/// computes on a GPU. Nothing in a build without CUDA, but that the context is in use.
 macro_rules! on_cuda {
-    ($context:expr, |$device:ident| $call:expr) => {
+    ($context:expr, |$device:pat_param| $call:expr) => {
         #[cfg(feature = "cuda")]
         if let Some($device) = $context.device() {
             return $call;
         }
+        #[cfg(not(feature = "cuda"))]
+        let _ = $context;
     };
 }
 pub(crate) use on_cuda;
@@ -64,7 +66,14 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
-    fn require(self, op: &'static str, name: &str, place: Place, (rows, cols): (usize, usize)) -> Result<()> {
+    /// Refuses unless the operand is `[rows, cols]` in this memory.
+    pub(crate) fn require(
+        self,
+        op: &'static str,
+        name: &str,
+        place: Place,
+        (rows, cols): (usize, usize),
+    ) -> Result<()> {
         require_place(op, name, self.place, place)?;
         require(op, self.rows == rows && self.cols == cols, || {
             format!("{name} is [{}, {}], expected [{rows}, {cols}]", self.rows, self.cols)
@@ -100,6 +109,18 @@ pub(crate) fn u32_vector<'a>(op: &'static str, name: &str, view: View<'a>, len: 
     Ok(view.into_slice())
 }
 
+/// As [`u32_vector`], to write.
+pub(crate) fn u32_vector_mut<'a>(
+    op: &'static str,
+    name: &str,
+    view: ViewMut<'a>,
+    len: usize,
+) -> Result<&'a mut [u32]> {
+    require_dtype(op, view.dtype(), DType::U32)?;
+    matrix_mut(&view).require(op, name, Place::Host, (1, len))?;
+    Ok(view.into_slice())
+}
+
 /// Refuses unless the matrix is f32 `[rows, cols]` in host memory.
 pub(crate) fn require_f32_matrix(
     op: &'static str,
@@ -122,6 +143,12 @@ pub(crate) fn require_on_device(
 ) -> Result<()> {
     require_dtype(op, matrix.dtype, dtype)?;
     matrix.require(op, name, Place::Device, shape)
+}
+
+/// A view `[1, len]` of u32 in device memory.
+#[cfg(feature = "cuda")]
+pub(crate) fn require_device_u32s(op: &'static str, name: &str, view: View<'_>, len: usize) -> Result<()> {
+    require_on_device(op, name, matrix(view), DType::U32, (1, len))
 }
 
 /// A vector `[1, len]` of this element type in device memory.

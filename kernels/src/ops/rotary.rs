@@ -1,8 +1,11 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864). Scaling for long contexts is the tables' business.
 
-use super::operands::{SharedRows, matrix, matrix_mut, require, require_f32_matrix, u32_vector};
+use super::operands::{SharedRows, matrix, matrix_mut, on_cuda, require, require_f32_matrix, u32_vector};
 use crate::simd::{Float, Kernel, Simd, spans};
 use crate::{Context, Result, Tensor, View, ViewMut};
+
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;
 
 /// Which elements of a head are turned together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +29,8 @@ pub struct RotaryTables<'a> {
 
 /// Rotates each head of each row by its position, in place.
 ///
-/// `x`: f32 `[rows, heads * head_dim]`; `positions`: u32 `[1, rows]`.
+/// `x`: f32 `[rows, heads * head_dim]`, on a GPU also f16 or bf16; `positions`: u32 `[1, rows]`, each in the tables (a GPU,
+/// which is not waited for, leaves rows of others as they are).
 pub fn rotary(
     context: &Context,
     x: ViewMut<'_>,
@@ -35,6 +39,7 @@ pub fn rotary(
     tables: RotaryTables<'_>,
 ) -> Result<()> {
     const OP: &str = "rotary";
+    on_cuda!(context, |device| cuda::rotary(device, x, head_dim, positions, tables));
     let RotaryTables { cos, sin, pairs } = tables;
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix_mut(&x), (rows, cols))?;
