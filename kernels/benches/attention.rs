@@ -96,7 +96,8 @@ impl Batch {
         let slots: Vec<u32> = (0..num_slots as u32).collect();
         let slots = View::from_slice(&slots, 1, num_slots);
         let layers = (0..LAYERS).map(|_| {
-            let mut layer = KvLayer::new(num_blocks, kv_heads, BLOCK_SIZE, head_dim, dtype);
+            let mut layer =
+                KvLayer::new(context, num_blocks, kv_heads, BLOCK_SIZE, head_dim, dtype).expect("memory");
             write_kv(context, kv.view(), kv.view(), slots, &mut layer).expect("shapes fit");
             layer
         });

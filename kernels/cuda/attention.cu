@@ -10,16 +10,16 @@ constexpr int MAX_PER_LANE = 16;  // elements of a head in one lane: heads of up
 template <class T, class KV>
 __device__ __forceinline__ void attend(const T* query, size_t query_stride, const KV* keys, const KV* values,
                                        const uint32_t* query_starts, const uint32_t* kv_lens, const uint32_t* block_tables,
-                                       uint32_t max_blocks, int kv_heads, int head_dim, const Scoring& scoring, T* out,
+                                       uint32_t max_blocks, uint32_t num_blocks, uint32_t num_rows, int kv_heads, int head_dim, const Scoring& scoring, T* out,
                                        size_t out_stride) {
   DYNAMIC_SHARED(float, shared);  // the query, then the sums of each warp: [1 + PLAIN_WARPS][head_dim]
   __shared__ float weights[PLAIN_WARPS][PAGE], maxima[PLAIN_WARPS], totals[PLAIN_WARPS];
-  const int head = blockIdx.x, num_heads = gridDim.x, sequence = blockIdx.y, row = blockIdx.z;
+  const int row = blockIdx.x, sequence = blockIdx.y, head = blockIdx.z, num_heads = gridDim.z;
   const int kv_head = head / (num_heads / kv_heads), warp = warp_id(), lane = lane_id();
-  const int first_token = query_starts[sequence];
-  const int num_tokens = static_cast<int>(query_starts[sequence + 1]) - first_token;
+  const int first_token = min(query_starts[sequence], num_rows);
+  const int num_tokens = static_cast<int>(min(query_starts[sequence + 1], num_rows)) - first_token;
   if (row >= num_tokens) return;
-  const int own = static_cast<int>(kv_lens[sequence]) - num_tokens + row;
+  const int own = static_cast<int>(min(kv_lens[sequence], max_blocks * PAGE)) - num_tokens + row;
   const int begin = scoring.first_visible(own), end = own + 1;
   const uint32_t* table = block_tables + static_cast<size_t>(sequence) * max_blocks;
   const T* from = query + (first_token + row) * query_stride + head * head_dim;
@@ -29,7 +29,7 @@ __device__ __forceinline__ void attend(const T* query, size_t query_stride, cons
   float greatest = -INFINITY, total = 0.0f, sums[MAX_PER_LANE] = {};
   const float slope = scoring.slope(head);
   for (int page = begin / PAGE + warp; page * PAGE < end; page += PLAIN_WARPS) {
-    const size_t first = (static_cast<size_t>(table[page]) * kv_heads + kv_head) * PAGE * head_dim;
+    const size_t first = (static_cast<size_t>(min(table[page], num_blocks - 1)) * kv_heads + kv_head) * PAGE * head_dim;
     const int position = page * PAGE + lane;
     float score = -INFINITY;
     if (position >= begin && position < end) {
@@ -90,17 +90,18 @@ __device__ __forceinline__ void attend(const T* query, size_t query_stride, cons
   }
 }
 
-// Grid: heads, sequences, rows of the longest.
-// query, out: [rows][heads * head_dim]; query_starts: [sequences + 1]; kv_lens: [sequences]; block_tables:
-// [sequences][max_blocks].
+// Grid: rows of the longest sequence, sequences, heads.
+// query, out: [num_rows][heads * head_dim]; query_starts: [sequences + 1]; kv_lens: [sequences]; block_tables:
+// [sequences][max_blocks], of the ids of `num_blocks` blocks (rows, lengths and ids beyond are taken for the last, so that no
+// wrong one leaves the memory).
 #define ATTENTION(T, KV)                                                                                                       \
   KERNEL(attention_##T##_##KV, PLAIN_WARPS* WARP)                                                                              \
   (const T* query, uint64_t query_stride, const KV* keys, const KV* values, const uint32_t* query_starts,                      \
-   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t kv_heads, uint32_t head_dim,           \
-   float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
+   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t num_blocks, uint32_t num_rows,         \
+   uint32_t kv_heads, uint32_t head_dim, float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
     const Scoring scoring{scale, static_cast<int>(window), soft_cap, slopes, sinks};                                           \
-    attend<T, KV>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, kv_heads, head_dim,      \
-                  scoring, out, out_stride);                                                                                   \
+    attend<T, KV>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, num_blocks, num_rows,    \
+                  kv_heads, head_dim, scoring, out, out_stride);                                                                                   \
   }                                                                                                                            \
   EXPORT(attention_##T##_##KV)
 #define ATTENTION_TYPES(T) ATTENTION(T, f32) ATTENTION(T, f16) ATTENTION(T, bf16) ATTENTION(T, f8)

@@ -89,7 +89,8 @@ __device__ __forceinline__ void request_tile(unsigned char* to, const KV* cache,
 template <class T, class KV, int D>
 __device__ __forceinline__ void prefill(const T* query, size_t query_stride, const KV* keys, const KV* values,
                                         const uint32_t* query_starts, const uint32_t* kv_lens, const uint32_t* block_tables,
-                                        uint32_t max_blocks, uint32_t group, uint32_t first_sequence, const Scoring& scoring,
+                                        uint32_t max_blocks, uint32_t num_blocks, uint32_t group, uint32_t first_sequence,
+                                        uint32_t num_rows, const Scoring& scoring,
                                         T* out, size_t out_stride) {
   using Shape = PrefillShape<D>;
   using C = typename Compute<KV>::Type;
@@ -101,14 +102,14 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
   unsigned char* value_tile = key_tile + KEYS * Rows<KV, D>::BYTES;
 
   const int kv_head = blockIdx.x, kv_heads = gridDim.x, sequence = first_sequence + blockIdx.y;
-  const int first_token = query_starts[sequence];
-  const int num_tokens = static_cast<int>(query_starts[sequence + 1]) - first_token;
+  const int first_token = min(query_starts[sequence], num_rows);
+  const int num_tokens = static_cast<int>(min(query_starts[sequence + 1], num_rows)) - first_token;
   const int all_rows = num_tokens * group;
   // The last rows see the most keys, so they come first.
   const int tile = (all_rows + ROWS - 1) / ROWS - 1 - static_cast<int>(blockIdx.z);
   if (tile < 0) return;
   const int first_row = tile * ROWS, end_row = min(first_row + ROWS, all_rows);
-  const int before = static_cast<int>(kv_lens[sequence]) - num_tokens;  // the position of the first token
+  const int before = static_cast<int>(min(kv_lens[sequence], max_blocks * PAGE)) - num_tokens;  // the position of the first token
   const auto position = [&](int row) { return before + row / static_cast<int>(group); };
 
   const int begin = scoring.first_visible(position(first_row)), end = position(end_row - 1) + 1;
@@ -118,7 +119,7 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
 #pragma unroll
     for (int page = 0; page < KEYS / PAGE; ++page) {
       const int index = tile * (KEYS / PAGE) + page;
-      pages[page] = index * PAGE < end ? table[index] : 0u;
+      pages[page] = index * PAGE < end ? min(table[index], num_blocks - 1) : 0u;
     }
   };
   uint32_t pages[KEYS / PAGE];
@@ -257,16 +258,17 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
 }
 
 // Grid: kv heads, sequences from `first_sequence` on, tiles of rows of the longest.
-// query, out: [rows][kv_heads * group * D]; query_starts: [all sequences + 1]; kv_lens: [all sequences]; block_tables:
-// [all sequences][max_blocks].
+// query, out: [num_rows][kv_heads * group * D]; query_starts: [all sequences + 1]; kv_lens: [all sequences]; block_tables:
+// [all sequences][max_blocks], of the ids of `num_blocks` blocks (rows, lengths and ids beyond are taken for the last, so that
+// no wrong one leaves the memory).
 #define PREFILL(T, KV, D)                                                                                                      \
   KERNEL(attention_prefill_##D##_##T##_##KV, PrefillShape<D>::WARPS* WARP)                                                     \
   (const T* query, uint64_t query_stride, const KV* keys, const KV* values, const uint32_t* query_starts,                      \
-   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t group, uint32_t first_sequence,        \
-   float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
+   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t num_blocks, uint32_t group,            \
+   uint32_t first_sequence, uint32_t num_rows, float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
     const Scoring scoring{scale, static_cast<int>(window), soft_cap, slopes, sinks};                                           \
-    prefill<T, KV, D>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, group,               \
-                      first_sequence, scoring, out, out_stride);                                                               \
+    prefill<T, KV, D>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, num_blocks, group,   \
+                      first_sequence, num_rows, scoring, out, out_stride);                                                               \
   }                                                                                                                            \
   EXPORT(attention_prefill_##D##_##T##_##KV)
 #define PREFILL_TYPES(D) PREFILL(bf16, bf16, D) PREFILL(bf16, f8, D) PREFILL(f16, f16, D) PREFILL(f16, f8, D)

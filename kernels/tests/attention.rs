@@ -67,7 +67,9 @@ impl Cached {
         let mut blocks: Vec<u32> = (0..num_blocks as u32).collect();
         blocks.shuffle(rng);
         let tables: Vec<Vec<u32>> = blocks.chunks(max_blocks).map(<[u32]>::to_vec).collect();
-        let mut cache = KvLayer::new(num_blocks, shape.kv_heads, shape.block_size, shape.head_dim, dtype);
+        let Shape { kv_heads, block_size, head_dim, .. } = shape;
+        let mut cache =
+            KvLayer::new(context, num_blocks, kv_heads, block_size, head_dim, dtype).expect("a float type");
         // What an earlier sequence has left must not be seen, not even where it is NaN.
         let kv_cols = shape.kv_heads * shape.head_dim;
         let all: Vec<u32> = (0..(num_blocks * shape.block_size) as u32).collect();
@@ -114,8 +116,8 @@ impl Cached {
             scale: self.scale() as f32,
             window: features.window,
             soft_cap: features.soft_cap,
-            alibi_slopes: features.alibi.then_some(&slopes),
-            sinks: features.sinks.then_some(&sinks),
+            alibi_slopes: features.alibi.then_some(View::from_slice(&slopes, 1, heads)),
+            sinks: features.sinks.then_some(View::from_slice(&sinks, 1, heads)),
         };
         paged_attention(context, query.view(), &self.cache, &batch, params, out.view_mut())
             .expect("shapes fit");
@@ -284,9 +286,9 @@ fn write_kv_rounds_to_nearest_even_at_every_level() {
             }
             let keys = Tensor::from_slice(&bits, 64, head_dim);
             let slots: Vec<u32> = (0..64).rev().collect();
-            let mut layer = KvLayer::new(4, 1, 16, head_dim, DType::F16);
+            let mut layer = KvLayer::new(&context, 4, 1, 16, head_dim, DType::F16).expect("a float type");
             check_rounding(&context, &keys, &slots, &mut layer, |value| half::f16::from_f32(value).to_f32());
-            let mut layer = KvLayer::new(4, 1, 16, head_dim, DType::BF16);
+            let mut layer = KvLayer::new(&context, 4, 1, 16, head_dim, DType::BF16).expect("a float type");
             check_rounding(&context, &keys, &slots, &mut layer, |value| half::bf16::from_f32(value).to_f32());
         }
     }
@@ -321,7 +323,7 @@ fn check_rounding(
 #[test]
 fn operands_that_do_not_fit_are_refused() {
     let context = Context::cpu(1);
-    let mut cache = KvLayer::new(4, 2, 16, 8, DType::F16);
+    let mut cache = KvLayer::new(&context, 4, 2, 16, 8, DType::F16).expect("a float type");
     let good = tensor(&mut rng(5), 3, 32, DType::F32);
     let mut out = Tensor::zeros(3, 32, DType::F32);
     let vector = |values: &'static [u32]| View::from_slice(values, 1, values.len());
@@ -352,8 +354,8 @@ fn operands_that_do_not_fit_are_refused() {
         AttentionParams { window: Some(0), ..params },
         AttentionParams { soft_cap: Some(0.0), ..params },
         AttentionParams { soft_cap: Some(f32::NAN), ..params },
-        AttentionParams { alibi_slopes: Some(&[1.0; 3]), ..params },
-        AttentionParams { sinks: Some(&[1.0; 5]), ..params },
+        AttentionParams { alibi_slopes: Some(View::from_slice(&[1.0_f32; 3], 1, 3)), ..params },
+        AttentionParams { sinks: Some(View::from_slice(&[1.0_f32; 5], 1, 5)), ..params },
     ] {
         let outcome = paged_attention(&context, good.view(), &cache, &batch, bad, out.view_mut());
         assert!(matches!(outcome, Err(Error::Shape { .. })));

@@ -281,7 +281,8 @@ fn attend(context: &Context, rng: &mut StdRng) {
     let kv_cols = kv_heads * head_dim;
     for dtype in FLOATS {
         let (keys, values) = (Framed::filled(rng, len, kv_cols), Framed::filled(rng, len, kv_cols));
-        let mut cache = KvLayer::new(num_blocks, kv_heads, block_size, head_dim, dtype);
+        let mut cache =
+            KvLayer::new(context, num_blocks, kv_heads, block_size, head_dim, dtype).expect("a float type");
         // Backwards, so that neighbours are not.
         let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
         let slot = |p: usize| table[p / block_size] * block_size as u32 + (p % block_size) as u32;

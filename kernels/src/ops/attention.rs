@@ -7,19 +7,26 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use half::{bf16, f16};
 
 use super::operands::{
-    SharedRows, matrix, matrix_mut, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
+    SharedRows, matrix, matrix_mut, on_cuda, require, require_f32_matrix, require_float, u32_vector,
+    unsupported_float,
 };
 use crate::simd::{Float, LANES, Lanes};
 use crate::{Context, DType, Result, View, ViewMut};
 
 mod cache;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod products;
+mod rotary_write_kv;
 mod state;
 mod tile;
 
 pub use cache::{KvLayer, write_kv};
+pub use rotary_write_kv::{HeadNorms, RotaryAndPages, rotary_write_kv};
 
 use tile::{MAX_QUERIES, Merge, Output, Splits, Tile, Whole};
+
+const OP: &str = "paged_attention";
 
 /// Where the sequences of a flat batch lie. Sequence `s` owns query rows `query_starts[s] .. query_starts[s + 1]`; the
 /// last of them is position `kv_lens[s] - 1`, and each row attends to all positions up to its own.
@@ -88,7 +95,8 @@ impl<'a> Sequences<'a> {
     }
 }
 
-/// How scores are made: the product of query and key times `scale`, then the soft cap, then the ALiBi bias.
+/// How scores are made: the product of query and key times `scale`, then the soft cap, then the ALiBi bias. The vectors lie
+/// where the context computes.
 #[derive(Clone, Copy)]
 pub struct AttentionParams<'a> {
     /// Multiplies the dot products.
@@ -97,12 +105,12 @@ pub struct AttentionParams<'a> {
     pub window: Option<usize>,
     /// A score becomes `cap * tanh(score / cap)`; positive (Gemma Team 2024, "Gemma 2", arXiv:2408.00118).
     pub soft_cap: Option<f32>,
-    /// `[heads]`: slope times (key's position - query's position) is added (Press et al. 2021, "ALiBi",
+    /// f32 `[1, heads]`: slope times (key's position - query's position) is added (Press et al. 2021, "ALiBi",
     /// arXiv:2108.12409).
-    pub alibi_slopes: Option<&'a [f32]>,
-    /// `[heads]`: a score that takes its part of the softmax and gives no value (Xiao et al. 2023, arXiv:2309.17453; as
+    pub alibi_slopes: Option<View<'a>>,
+    /// f32 `[1, heads]`: a score that takes its part of the softmax and gives no value (Xiao et al. 2023, arXiv:2309.17453; as
     /// learned numbers in gpt-oss).
-    pub sinks: Option<&'a [f32]>,
+    pub sinks: Option<View<'a>>,
 }
 
 impl AttentionParams<'_> {
@@ -126,10 +134,12 @@ pub fn paged_attention(
     params: AttentionParams<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    let sequences = Sequences::of("paged_attention", batch)?;
+    check_params(&params)?;
+    on_cuda!(context, |device| cuda::paged_attention(device, query, cache, batch, params, &out));
+    let sequences = Sequences::of(OP, batch)?;
     check(query, cache, sequences, &out)?;
-    check_params(query.cols() / cache.head_dim, &params)?;
-    let attention = Attention { query, cache, sequences, params, out: SharedRows::new(out) };
+    let scoring = Scoring::of(params, query.cols() / cache.head_dim)?;
+    let attention = Attention { query, cache, sequences, scoring, out: SharedRows::new(out) };
     PLAN.with_borrow_mut(|plan| {
         attention.plan(context.num_threads(), plan);
         let plan = &SharedPlan::new(plan);
@@ -143,7 +153,6 @@ pub fn paged_attention(
 }
 
 fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewMut<'_>) -> Result<()> {
-    const OP: &str = "paged_attention";
     let Sequences { query_starts, kv_lens, block_tables, max_blocks } = sequences;
     let shape = (query.rows(), query.cols());
     require_f32_matrix(OP, "query", matrix(query), shape)?;
@@ -189,25 +198,46 @@ fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewM
     Ok(())
 }
 
-fn check_params(num_heads: usize, params: &AttentionParams<'_>) -> Result<()> {
-    const OP: &str = "paged_attention";
+fn check_params(params: &AttentionParams<'_>) -> Result<()> {
     require(OP, params.window != Some(0), || "a window of 0 positions".into())?;
     require(OP, params.soft_cap.is_none_or(|cap| cap > 0.0), || {
         format!("a soft cap of {:?}, expected a positive number", params.soft_cap)
-    })?;
-    for (name, values) in [("ALiBi slopes", params.alibi_slopes), ("sinks", params.sinks)] {
-        require(OP, values.is_none_or(|values| values.len() == num_heads), || {
-            format!("{} {name}, expected one for each of {num_heads} heads", values.map_or(0, <[f32]>::len))
-        })?;
+    })
+}
+
+/// [`AttentionParams`] in host memory.
+#[derive(Clone, Copy)]
+struct Scoring<'a> {
+    scale: f32,
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    alibi_slopes: Option<&'a [f32]>,
+    sinks: Option<&'a [f32]>,
+}
+
+impl<'a> Scoring<'a> {
+    fn of(params: AttentionParams<'a>, num_heads: usize) -> Result<Self> {
+        let of_heads = |name, vector: Option<View<'a>>| -> Result<Option<&'a [f32]>> {
+            let Some(vector) = vector else { return Ok(None) };
+            require_f32_matrix(OP, name, matrix(vector), (1, num_heads))?;
+            Ok(Some(vector.into_slice()))
+        };
+        let AttentionParams { scale, window, soft_cap, .. } = params;
+        Ok(Self {
+            scale,
+            window,
+            soft_cap,
+            alibi_slopes: of_heads("alibi_slopes", params.alibi_slopes)?,
+            sinks: of_heads("sinks", params.sinks)?,
+        })
     }
-    Ok(())
 }
 
 struct Attention<'a> {
     query: View<'a>,
     cache: &'a KvLayer,
     sequences: Sequences<'a>,
-    params: AttentionParams<'a>,
+    scoring: Scoring<'a>,
     out: SharedRows<'a>,
 }
 
@@ -292,7 +322,7 @@ impl<'a> Attention<'a> {
     /// Pairs of rows and visible positions, about.
     fn pairs(&self, sequence: usize) -> usize {
         let len = self.sequences.kv_lens[sequence] as usize;
-        self.num_rows(sequence) * self.params.window.map_or(len, |window| len.min(window))
+        self.num_rows(sequence) * self.scoring.window.map_or(len, |window| len.min(window))
     }
 
     /// Whether waking another thread would take longer than the work.
@@ -350,7 +380,7 @@ impl<'a> Attention<'a> {
     /// Splits that the rows of a sequence see.
     fn splits(&self, sequence: usize) -> Range<usize> {
         let (rows, len) = (self.num_rows(sequence), self.sequences.kv_lens[sequence] as usize);
-        let first = self.params.window.map_or(0, |window| (len - rows + 1).saturating_sub(window));
+        let first = self.scoring.window.map_or(0, |window| (len - rows + 1).saturating_sub(window));
         let size = tile::split_positions(self.cache.block_size);
         first / size..len.div_ceil(size)
     }
@@ -360,7 +390,7 @@ impl<'a> Attention<'a> {
             DType::F32 => self.run_task::<f32>(context, plan, task),
             DType::F16 => self.run_task::<f16>(context, plan, task),
             DType::BF16 => self.run_task::<bf16>(context, plan, task),
-            dtype => unreachable!("{}", unsupported_float("paged_attention", dtype)),
+            dtype => unreachable!("{}", unsupported_float(OP, dtype)),
         }
     }
 
@@ -418,7 +448,7 @@ impl<'a> Attention<'a> {
             out_stride: self.out.row_stride(),
             group,
             head_dim,
-            sinks: self.params.sinks.map(|sinks| &sinks[kv_head * group..][..group]),
+            sinks: self.scoring.sinks.map(|sinks| &sinks[kv_head * group..][..group]),
         }
     }
 
@@ -436,7 +466,7 @@ impl<'a> Attention<'a> {
             kv_head,
             block_size,
             head_dim,
-            params: self.params,
+            scoring: self.scoring,
         }
     }
 }

@@ -1,9 +1,16 @@
 //! Each operation on the device against the same on the CPU, in f32 on the same rounded inputs. The device is a GPU, or the
 //! driver that computes on the CPU (`make test-cuda`).
 
+mod activation;
+mod attention;
 mod context;
+mod embedding;
+mod kv_cache;
 mod linear;
+mod moe;
 mod norm;
+mod rotary;
+mod sampling;
 
 use half::{bf16, f16};
 use kernels::{Context, DType, Element, Tensor, View, ViewMut};

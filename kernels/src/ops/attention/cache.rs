@@ -3,16 +3,21 @@
 use half::{bf16, f16};
 
 use super::super::operands::{
-    matrix, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
+    matrix, on_cuda, require, require_f32_matrix, require_float, u32_vector, unsupported_float,
 };
 use crate::simd::{Float, Kernel, LANES, Simd, spans};
-use crate::{Context, DType, Result, Tensor, View};
+use crate::{Context, DType, Error, Place, Result, Tensor, View};
 
-/// Keys and values of one layer in f32, f16 or bf16; one block of one head is contiguous.
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;
+
+/// Keys and values of one layer; one block of one head is contiguous.
 ///
-/// Keys are `[num_blocks, kv_heads, head_dim, block_size]`: sixteen positions of one element lie side by side, so that
-/// scores of sixteen positions are one vector and no sum over lanes is needed. Values are `[num_blocks, kv_heads,
-/// block_size, head_dim]`.
+/// On the CPU: f32, f16 or bf16. Keys are `[num_blocks, kv_heads, head_dim, block_size]`: sixteen positions of one element
+/// lie side by side, so that scores of sixteen positions are one vector and no sum over lanes is needed. Values are
+/// `[num_blocks, kv_heads, block_size, head_dim]`.
+///
+/// On a GPU: f8 (e4m3) too, blocks of 32 tokens, and keys are laid out as values are.
 pub struct KvLayer {
     pub(super) keys: Tensor,
     pub(super) values: Tensor,
@@ -22,15 +27,45 @@ pub struct KvLayer {
 }
 
 impl KvLayer {
-    /// Zeroed; the system gives pages when they are first written.
+    /// Tokens in a block on a GPU, whose kernels are compiled for it.
+    pub const DEVICE_BLOCK_SIZE: usize = 32;
+
+    /// Zeroed, where the context computes; on the CPU the system gives pages when they are first written.
+    ///
+    /// # Errors
+    /// An element type or a block size for which there is no code, or a device without so much memory.
     ///
     /// # Panics
     /// Where a block would be empty.
-    pub fn new(num_blocks: usize, kv_heads: usize, block_size: usize, head_dim: usize, dtype: DType) -> Self {
+    pub fn new(
+        context: &Context,
+        num_blocks: usize,
+        kv_heads: usize,
+        block_size: usize,
+        head_dim: usize,
+        dtype: DType,
+    ) -> Result<Self> {
+        const OP: &str = "kv_layer";
         assert!(kv_heads > 0 && block_size > 0 && head_dim > 0, "empty blocks");
-        let zeros = |rows, cols| Tensor::zeros(num_blocks * kv_heads * rows, cols, dtype);
-        let (keys, values) = (zeros(head_dim, block_size), zeros(block_size, head_dim));
-        Self { keys, values, kv_heads, block_size, head_dim }
+        let by_position = (num_blocks * kv_heads * block_size, head_dim);
+        let keys_shape = match context.place() {
+            Place::Host => {
+                require_float(OP, dtype)?;
+                (num_blocks * kv_heads * head_dim, block_size)
+            }
+            Place::Device => {
+                require_storable(OP, dtype)?;
+                require(OP, block_size == Self::DEVICE_BLOCK_SIZE, || {
+                    format!(
+                        "a block of {block_size} tokens, expected {} on a GPU: set the block size to it",
+                        Self::DEVICE_BLOCK_SIZE
+                    )
+                })?;
+                by_position
+            }
+        };
+        let zeros = |(rows, cols): (usize, usize)| context.zeros(rows, cols, dtype);
+        Ok(Self { keys: zeros(keys_shape)?, values: zeros(by_position)?, kv_heads, block_size, head_dim })
     }
     /// Bytes of keys and values.
     pub fn size_in_bytes(&self) -> usize {
@@ -44,13 +79,30 @@ impl KvLayer {
     pub fn dtype(&self) -> DType {
         self.keys.dtype()
     }
+    /// Keys and values as they lie, for tests; f8 as the bytes that it is.
+    #[doc(hidden)]
+    pub fn pages(&self) -> [View<'_>; 2] {
+        [self.keys.view(), self.values.view()].map(|view| match view.dtype() {
+            DType::F8E4M3 => View { dtype: DType::U8, ..view },
+            _ => view,
+        })
+    }
     pub(super) fn num_blocks(&self) -> usize {
         self.values.rows() / (self.kv_heads * self.block_size)
     }
 }
 
+/// Refuses element types that keys and values on a GPU do not have.
+fn require_storable(op: &'static str, dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => Ok(()),
+        _ => Err(Error::DType { op, dtype, supported: "f32, f16, bf16, f8 (e4m3)" }),
+    }
+}
+
 /// Writes keys and values of a flat batch to the cache, rounded to nearest. `keys`, `values`: f32
-/// `[rows, kv_heads * head_dim]`; `slots`: u32 `[1, rows]`, block id * block size + place in the block, each at most once.
+/// `[rows, kv_heads * head_dim]`, on a GPU also both f16 or both bf16; `slots`: u32 `[1, rows]`, block id * block size + place
+/// in the block, each at most once (a GPU, which is not waited for, does not write rows with a slot that the cache lacks).
 pub fn write_kv(
     context: &Context,
     keys: View<'_>,
@@ -59,6 +111,7 @@ pub fn write_kv(
     cache: &mut KvLayer,
 ) -> Result<()> {
     const OP: &str = "write_kv";
+    on_cuda!(context, |device| cuda::write_kv(device, keys, values, slots, cache));
     let slots = u32_vector(OP, "slots", slots, slots.cols())?;
     let shape = (slots.len(), cache.kv_heads * cache.head_dim);
     require_f32_matrix(OP, "keys", matrix(keys), shape)?;

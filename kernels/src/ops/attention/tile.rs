@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::AttentionParams;
+use super::Scoring;
 use super::products::{Prefetch, Scores, SumValues, Values, values_together};
 use super::state::{self, State};
 use crate::View;
@@ -46,7 +46,7 @@ pub(super) struct Tile<'a, T> {
     pub(super) kv_head: usize,
     pub(super) block_size: usize,
     pub(super) head_dim: usize,
-    pub(super) params: AttentionParams<'a>,
+    pub(super) scoring: Scoring<'a>,
 }
 
 /// Where a tile's rows go.
@@ -209,7 +209,7 @@ impl<T: Float> Tile<'_, T> {
     /// Positions that a row attends to.
     fn visible(&self, row: usize) -> Range<usize> {
         let end = self.first_position + row + 1;
-        self.params.window.map_or(0, |window| end.saturating_sub(window))..end
+        self.scoring.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
     /// Positions that any row attends to.
@@ -227,7 +227,7 @@ impl<T: Float> Tile<'_, T> {
     fn rows_seeing(&self, block: usize) -> Range<usize> {
         let begin = block * self.block_size;
         let first = begin.saturating_sub(self.first_position);
-        let end = self.params.window.map_or(usize::MAX, |window| {
+        let end = self.scoring.window.map_or(usize::MAX, |window| {
             (begin + self.block_size).saturating_add(window).saturating_sub(self.first_position + 1)
         });
         first..end.min(self.query.rows())
@@ -274,7 +274,7 @@ impl<T: Float> Tile<'_, T> {
         let num_queries = self.num_queries();
         let queries = at_least(queries, (num_queries * self.head_dim).div_ceil(LANES));
         let to: *mut f32 = queries.as_mut_ptr().cast();
-        let scale = simd.splat(self.params.scale);
+        let scale = simd.splat(self.scoring.scale);
         for query in 0..num_queries {
             let row = self.query.row::<f32>(query / self.group());
             let head = &row[query % self.group() * self.head_dim..][..self.head_dim];
@@ -473,7 +473,7 @@ impl<T: Float> Unit<'_, '_, '_, T> {
         const LANE_NUMBERS: [f32; LANES] =
             [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
         let tile = self.tile;
-        let AttentionParams { soft_cap, alibi_slopes, .. } = tile.params;
+        let Scoring { soft_cap, alibi_slopes, .. } = tile.scoring;
         if soft_cap.is_none() && alibi_slopes.is_none() {
             return;
         }
