@@ -77,10 +77,10 @@ check-cuda: toolchain ## Check and lint what is built with CUDA; needs neither n
 test-cuda: toolchain cuda-on-cpu ## Test the CUDA half without a GPU: kernels compiled for the CPU, behind CUDA's own interface
 	@$(MAKE) --no-print-directory --silent -C kernels/cuda-on-cpu OUT=$(CUDA_ON_CPU) test
 	NVCC=$(NVCC_STAND_IN) $(CARGO) build $(CARGO_FLAGS) --workspace --bins --features cuda
-	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) \
+	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) CUDA_ON_CPU_DEVICES=2 \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast
 	@echo "Again, with threads in the reverse order and streams that run only when somebody waits:"
-	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) CUDA_ON_CPU_ORDER=reverse CUDA_ON_CPU_LAZY=1 \
+	NVCC=$(NVCC_STAND_IN) LD_LIBRARY_PATH=$(CUDA_ON_CPU) CUDA_ON_CPU_DEVICES=2 CUDA_ON_CPU_ORDER=reverse CUDA_ON_CPU_LAZY=1 \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --features cuda --test 'cuda_*' --no-fail-fast
 
 lint: toolchain ## Check format and lints; warnings are errors

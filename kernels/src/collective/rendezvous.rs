@@ -153,6 +153,11 @@ impl Rendezvous {
         is_locked_range(&self.file, rank_lock(rank), 1).unwrap_or(true)
     }
 
+    /// Whether a peer that has joined will not post any more. Costs a system call.
+    pub(super) fn is_gone(&self, rank: usize) -> bool {
+        self.has_joined(rank) && (self.line(rank).left.load(Ordering::Acquire) != 0 || !self.is_alive(rank))
+    }
+
     fn head(&self) -> &Head {
         // SAFETY: the file is larger than its head, mapped at a page's start, and `Head` is made of atomics.
         #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins at a page")]

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::ptr::copy_nonoverlapping;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ const PIECE: usize = SLAB_BYTES / 4;
 /// Ranks on one host that meet in a shared-memory file. Waiting ranks sleep (futex), so two ranks on two cores that are
 /// halves of one do not slow each other down.
 pub struct SharedMemory {
-    rendezvous: Rendezvous,
+    rendezvous: Arc<Rendezvous>,
     rank: usize,
     world_size: usize,
     timeout: Duration,
@@ -54,7 +55,7 @@ impl SharedMemory {
         require("SharedMemory::join", rank < world_size && world_size <= MAX_RANKS, || {
             format!("rank {rank} of a group of {world_size}")
         })?;
-        let rendezvous = Rendezvous::open(path, rank, world_size, Instant::now() + timeout)?;
+        let rendezvous = Arc::new(Rendezvous::open(path, rank, world_size, Instant::now() + timeout)?);
         // About twenty microseconds, and only where no other rank needs this core.
         let spin_rounds = if available_cores() >= 2 * world_size { 500 } else { 0 };
         let mut group = Self { rendezvous, rank, world_size, timeout, spin_rounds, posted: 0, broken: None };
@@ -63,6 +64,16 @@ impl SharedMemory {
             group.rendezvous.remove_file();
         }
         Ok(group)
+    }
+
+    /// Says which peer has gone, where one has, on any thread and after this rank has left.
+    pub(super) fn absences(&self) -> impl Fn() -> Option<String> + Send + use<> {
+        let (rendezvous, rank, world_size) = (Arc::clone(&self.rendezvous), self.rank, self.world_size);
+        move || {
+            let gone = (0..world_size).find(|&peer| peer != rank && rendezvous.is_gone(peer))?;
+            let pid = rendezvous.line(gone).pid.load(Ordering::Acquire);
+            Some(format!("rank {gone} (process {pid}) is gone"))
+        }
     }
 
     /// Half of the slabs that the next call uses.
@@ -119,18 +130,11 @@ impl SharedMemory {
             if left.is_zero() {
                 return Err(self.absence(peer));
             }
-            if self.is_gone(peer) && !has_posted() {
+            if self.rendezvous.is_gone(peer) && !has_posted() {
                 return Err(self.death(peer));
             }
             futex_wait(word, seen, left.min(SLICE));
         }
-    }
-
-    /// Whether a peer that has joined will not post any more. Costs a system call, as the wait that follows does.
-    fn is_gone(&self, peer: usize) -> bool {
-        self.rendezvous.has_joined(peer)
-            && (self.rendezvous.line(peer).left.load(Ordering::Acquire) != 0
-                || !self.rendezvous.is_alive(peer))
     }
 
     fn absence(&self, peer: usize) -> String {

@@ -10,12 +10,13 @@ mod error;
 mod graph;
 mod launch;
 mod memory;
+pub(crate) mod nccl;
 mod staging;
 mod stream;
 mod upload;
 
 pub(crate) use cublaslt::{Operand, Product};
-pub(crate) use device::Device;
+pub(crate) use device::{Device, num_devices};
 pub(crate) use graph::Graph;
 pub(crate) use launch::{Argument, Grid};
 pub(crate) use memory::{DeviceMemory, DevicePtr};
