@@ -155,6 +155,7 @@ __device__ __forceinline__ void tile_product(const T* x, uint32_t x_stride, uint
   using S = Shape<HEIGHT>;
   uint32_t expert = 0, first = blockIdx.x * HEIGHT, end = rows;
   if (starts != nullptr) find_tile<HEIGHT>(starts, num_experts, blockIdx.x, expert, first, end);
+  end = min(end, rows);
   if (first >= end) return;
   const uint32_t first_output = blockIdx.y * WIDTH;
   DYNAMIC_SHARED(T, shared);

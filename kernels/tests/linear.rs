@@ -5,7 +5,10 @@ mod common;
 use candle_core::Device;
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
 use half::bf16;
-use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear, linear_add};
+use kernels::ops::activation::Activation;
+use kernels::ops::linear::{
+    Experts, GatedLinear, Int8Weight, LinearPart, Weight, linear, linear_add, linear_gated, linear_grouped,
+};
 use kernels::{Context, DType, Error, Level, Tensor, View};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -409,6 +412,70 @@ fn weights_in_a_mapped_file_are_used_in_place_at_any_offset() {
 }
 
 #[test]
+fn a_gated_layer_multiplies_what_is_up_with_the_activated_gate() {
+    let mut rng = rng(13);
+    let context = Context::cpu(2);
+    let (gate, up) = (tensor(&mut rng, 21, 40, DType::BF16), tensor(&mut rng, 21, 40, DType::F16));
+    let bias = tensor(&mut rng, 1, 21, DType::F32);
+    let x = tensor(&mut rng, 3, 40, DType::F32);
+    let [gate, up] = [
+        LinearPart { weight: Weight::Dense(&gate), bias: Some(&bias) },
+        LinearPart { weight: Weight::Dense(&up), bias: None },
+    ];
+    let products = reference(Level::detect(), &x, &[gate, up]);
+    let want: Vec<f64> = products
+        .chunks(42)
+        .flat_map(|row| row[..21].iter().zip(&row[21..]))
+        .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
+        .collect();
+    let (mut gate_up, mut out) = (Tensor::zeros(3, 42, DType::F32), Tensor::zeros(3, 21, DType::F32));
+    let layer = GatedLinear { gate, up, activation: Activation::Silu };
+    linear_gated(&context, x.view(), layer, gate_up.view_mut(), out.view_mut()).expect("shapes fit");
+    // A factor is the size of the sums.
+    assert_close(out.as_slice(), &want, 8.0 * tolerance(40), "gated");
+
+    let other = tensor(&mut rng, 20, 40, DType::BF16);
+    let uneven = GatedLinear { up: LinearPart { weight: Weight::Dense(&other), bias: None }, ..layer };
+    let refused = linear_gated(&context, x.view(), uneven, gate_up.view_mut(), out.view_mut());
+    assert!(refused.expect_err("21 and 20").to_string().contains("gate has 21 outputs, up 20"));
+    let mut narrow = Tensor::zeros(3, 41, DType::F32);
+    let refused = linear_gated(&context, x.view(), layer, narrow.view_mut(), out.view_mut());
+    assert!(matches!(refused, Err(Error::Shape { .. })));
+}
+
+#[test]
+fn each_row_is_multiplied_with_the_weights_of_its_expert() {
+    let mut rng = rng(14);
+    let context = Context::cpu(2);
+    let weights = Layouts::random(&mut rng, 3 * 10, 33);
+    let x = tensor(&mut rng, 7, 33, DType::F32);
+    for weight in weights.all() {
+        let starts = [0_u32, 2, 2, 6];
+        let mut out = Tensor::from_slice(&[7.0_f32; 7 * 10], 7, 10);
+        let experts = Experts { weight, starts: View::from_slice(&starts, 1, 4) };
+        linear_grouped(&context, x.view(), experts, out.view_mut()).expect("shapes fit");
+        let all = run(&context, x.view(), &[LinearPart { weight, bias: None }]);
+        for (row, got) in out.as_slice::<f32>().chunks(10).enumerate() {
+            let want = match row {
+                0..2 => &all[row * 30..][..10],
+                2..6 => &all[row * 30 + 20..][..10],
+                // Behind the end.
+                _ => &[7.0; 10][..],
+            };
+            assert_same_bits(got, want, &format!("row {row}, {weight:?}"));
+        }
+        for starts in [[0_u32, 3, 2, 6], [0, 2, 2, 8]] {
+            let experts = Experts { weight, starts: View::from_slice(&starts, 1, 4) };
+            let refused = linear_grouped(&context, x.view(), experts, out.view_mut());
+            assert!(refused.expect_err("rows that there are not").to_string().contains("has the rows"));
+        }
+        let experts = Experts { weight, starts: View::from_slice(&starts[..3], 1, 3) };
+        let refused = linear_grouped(&context, x.view(), experts, out.view_mut());
+        assert!(matches!(refused, Err(Error::Shape { .. })));
+    }
+}
+
+#[test]
 fn empty_inputs_give_empty_outputs() {
     let weight = Tensor::zeros(3, 4, DType::F32);
     let x = Tensor::zeros(0, 4, DType::F32);
@@ -432,7 +499,7 @@ fn operands_that_do_not_fit_are_refused() {
     let mut call = |x: &Tensor, part: LinearPart<'_>| linear(&context, x.view(), &[part], out.view_mut());
     assert!(matches!(call(&narrow, part), Err(Error::Shape { .. })));
     assert!(matches!(call(&x, LinearPart { bias: Some(&narrow), ..part }), Err(Error::Shape { .. })));
-    assert!(matches!(call(&weight, part), Err(Error::DType { .. })));
+    assert!(matches!(call(&weight.narrow_rows(0, 2), part), Err(Error::DType { .. })));
     assert!(matches!(
         call(&x, LinearPart { weight: Weight::Dense(&ints), bias: None }),
         Err(Error::DType { .. })

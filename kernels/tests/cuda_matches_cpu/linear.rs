@@ -284,8 +284,14 @@ fn gated_layers_are_those_of_the_cpu() {
             let there = GatedLinear { gate: cuda[0], up: cuda[1], activation };
             linear_gated(&fixture.cuda, on_device.view(), there, gate_up.view_mut(), out.view_mut())
                 .expect("shapes fit");
-            // Where gate and up are written first, each is rounded, and their product again; both may be as great as sqrt(k).
-            let tolerance = tolerance_of(dtype, weights, dtype, rows, k) * (2.0 + (k as f32).sqrt());
+            // Kept in registers, only the result is rounded. Where gate and up are written first, each is, and it may be as great
+            // as sqrt(k).
+            let is_fused = rows <= 16 && k % 16 == 0 && dtype != DType::F32;
+            let tolerance = if is_fused {
+                tolerance(dtype) + 5e-5
+            } else {
+                tolerance_of(dtype, weights, dtype, rows, k) * (2.0 + (k as f32).sqrt())
+            };
             fixture.check(&what, &out, &expected, tolerance);
         }
     }
