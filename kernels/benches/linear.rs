@@ -1,7 +1,9 @@
 //! The matrix product against what the machine gives: a read-bandwidth probe, multiply-add probes, and candle.
 //!
-//! `cargo bench --profile release --locked --workspace --bench linear [-- [THREADS] [LEVEL]]`: a level is `Portable`, `Avx2`,
-//! `Avx512`, ... as [`Level`] has them; without one, the best of this CPU. All figures of a table come from one run.
+//! `cargo bench --profile release --locked --workspace --bench linear [-- [THREADS] [LEVEL] [PART]...]`: a level is `Portable`,
+//! `Avx2`, `Avx512`, ... as [`Level`] has them; without one, the best of this CPU. Parts are `135M`, `0.5B`, `1.1B`, `Bf16`,
+//! `F16`, `F32`, `Int8`, `8r` (rows) and `candle`; `cached` leaves weights in the caches where they fit. All figures of a table come from
+//! one run.
 //! With one thread the times are CPU times of the process, so that other processes disturb them less; with more they are
 //! those of the wall clock.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
@@ -34,6 +36,11 @@ const SHAPES: [(&str, usize, usize); 6] = [
     ("1.1B", 11264, 2048),
     ("1.1B", 2048, 5632),
 ];
+const MODELS: [&str; 3] = ["135M", "0.5B", "1.1B"];
+const KINDS: [&str; 4] = ["Bf16", "F16", "F32", "Int8"];
+/// What can be asked for beside candle.
+const PARTS: [&str; 7] = ["135M", "0.5B", "1.1B", "Bf16", "F16", "F32", "Int8"];
+const ROW_NAMES: [&str; 7] = ["1r", "2r", "4r", "8r", "16r", "64r", "512r"];
 const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 64, 512];
 
 fn main() {
@@ -42,6 +49,11 @@ fn main() {
     let threads = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or_else(available_cores);
     let named = Level::ALL.into_iter().find(|level| args.contains(&format!("{level:?}")));
     let level = named.unwrap_or_else(Level::detect);
+    // All of a list where none of it is named.
+    let asks = |list: &[&str], name: &str| {
+        args.iter().any(|arg| arg == name) || !args.iter().any(|arg| list.contains(&arg.as_str()))
+    };
+    let cold_bytes = if args.iter().any(|arg| arg == "cached") { 0 } else { COLD_BYTES };
     let context = Context::cpu_with_level(threads, level);
     let clock = Clock::for_threads(threads);
     let read = read_gb_per_s(&context);
@@ -52,12 +64,12 @@ fn main() {
     );
     println!("model, outputs x inputs, weights, then for each number of rows the nearer limit:");
     println!("r: GB/s of weights (of the read probe), f: GFLOP/s (of the type's probe)");
-    for (model, n, k) in SHAPES {
-        for kind in [Kind::Bf16, Kind::F16, Kind::F32, Kind::Int8] {
-            let weights = Weights::new(kind, n, k);
+    for (model, n, k) in SHAPES.into_iter().filter(|(model, ..)| asks(&MODELS, model)) {
+        for kind in Kind::ALL.into_iter().filter(|kind| asks(&KINDS, &format!("{kind:?}"))) {
+            let weights = Weights::new(kind, n, k, cold_bytes);
             print!("{}", format!("{model} {n:>5}x{k:<4} {kind:?}").pad(24));
             let peak = if kind == Kind::Bf16 { dots_peak } else { peak };
-            for rows in ROWS {
+            for rows in ROWS.into_iter().filter(|rows| asks(&ROW_NAMES, &format!("{rows}r"))) {
                 let seconds = weights.seconds(&context, rows);
                 let bytes = (n * k * kind.size_in_bytes()) as f64 / seconds / 1e9;
                 let flops = 2.0 * (n * k * rows) as f64 / seconds / 1e9;
@@ -72,7 +84,8 @@ fn main() {
             println!();
         }
     }
-    for rows in [1, 8, 512] {
+    let candle = asks(&PARTS, "candle");
+    for rows in [1, 8, 512].into_iter().filter(|_| candle) {
         let (ours, candle) = beside_candle(&context, rows);
         println!("2048x2048 Bf16, {rows} rows: {:.1} times as fast as candle", candle / ours);
     }
@@ -135,6 +148,8 @@ enum Kind {
 }
 
 impl Kind {
+    const ALL: [Self; 4] = [Self::Bf16, Self::F16, Self::F32, Self::Int8];
+
     fn size_in_bytes(self) -> usize {
         match self {
             Self::Bf16 | Self::F16 => 2,
@@ -154,8 +169,8 @@ struct Weights {
 
 impl Weights {
     /// The values do not matter to the time.
-    fn new(kind: Kind, n: usize, k: usize) -> Self {
-        let copies = (COLD_BYTES / (n * k * kind.size_in_bytes())).max(2);
+    fn new(kind: Kind, n: usize, k: usize, cold_bytes: usize) -> Self {
+        let copies = (cold_bytes / (n * k * kind.size_in_bytes())).max(1);
         let rows = copies * n;
         let (mut dense, mut int8) = (Vec::new(), Vec::new());
         let whole = match kind {
@@ -199,7 +214,7 @@ fn filled<T: kernels::Element>(rows: usize, cols: usize, value: T) -> Tensor {
 fn beside_candle(context: &Context, rows: usize) -> (f64, f64) {
     const SIDE: usize = 2048;
     let clock = Clock::for_threads(context.num_threads());
-    let ours = Weights::new(Kind::Bf16, SIDE, SIDE).seconds(context, rows);
+    let ours = Weights::new(Kind::Bf16, SIDE, SIDE, COLD_BYTES).seconds(context, rows);
     let ones =
         |rows| CandleTensor::ones((rows, SIDE), candle_core::DType::BF16, &Device::Cpu).expect("a tensor");
     let (x, weight) = (ones(rows), ones(SIDE));

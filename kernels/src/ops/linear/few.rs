@@ -18,8 +18,11 @@ pub(super) fn tile_rows(wide: bool) -> usize {
 
 const LINE_BYTES: usize = 64;
 
-/// Of x, what is used over and over lies in an L1 cache of 32 KiB or more.
-const X_BYTES: usize = 16 << 10;
+/// Of x, what is used over and over lies in an L1 cache: of 32 KiB or more, or, with wide registers, of 48 KiB. Two tiles of
+/// rows leave no room for more.
+fn x_bytes(wide: bool, rows: usize) -> usize {
+    if wide && rows <= tile_rows(wide) { 24 << 10 } else { 16 << 10 }
+}
 /// Outputs whose sums are kept while a part of k is multiplied; all tiles' numbers of outputs divide it.
 const GROUP: usize = 96;
 
@@ -47,7 +50,7 @@ impl<F: Format> Kernel for Groups<'_, F> {
         let Self { block, carried } = self;
         let Input { rows, k, .. } = block.x;
         let num_tiles = block.x.num_tiles();
-        let part_len = part_len::<F>(rows, k);
+        let part_len = part_len::<S, F>(rows, k);
         if part_len < k && carried.is_empty() {
             carried.resize(GROUP * MOST_ROWS, Lanes::ZERO);
         }
@@ -59,6 +62,13 @@ impl<F: Format> Kernel for Groups<'_, F> {
                 while output < last {
                     let most_rows = block.x.tile(num_tiles - 1).num_rows;
                     let num_outputs = tile_outputs::<S>(most_rows, last - output);
+                    // Where the next weights begin: beside these, in the next part, or in the next group.
+                    let (next_output, next_start) = match (output + num_outputs, part.end) {
+                        (next, _) if next < last => (next, part.start),
+                        (next, end) if end == k => (next, 0),
+                        (_, end) => (first, end),
+                    };
+                    let next = next_output * block.weight_stride + next_start;
                     for time in 0..num_tiles {
                         let rows_of_tile = block.x.tile(time);
                         let place = (output - first) * rows + num_outputs * rows_of_tile.row;
@@ -68,6 +78,7 @@ impl<F: Format> Kernel for Groups<'_, F> {
                             rows: rows_of_tile,
                             part: part.clone(),
                             carried: carried.as_mut_ptr().wrapping_add(place),
+                            next: block.weights.wrapping_add(next),
                             prefetch: Prefetch { times_used: num_tiles, time },
                         };
                         tile.call(simd, num_outputs);
@@ -81,15 +92,16 @@ impl<F: Format> Kernel for Groups<'_, F> {
 
 /// Elements of k that are multiplied with a group of outputs before the next: all where x is small, or read seldom enough
 /// to come from the L2 cache.
-fn part_len<F: Format>(rows: usize, k: usize) -> usize {
+fn part_len<S: Simd, F: Format>(rows: usize, k: usize) -> usize {
     /// Whole cache lines and vectors of any type.
     const MULTIPLE: usize = 64;
     const FEW: usize = 4;
+    let most = x_bytes(S::WIDE, rows);
     let x_bytes = rows * k.div_ceil(F::PER_STEP) * size_of::<Lanes>();
-    if rows <= FEW || x_bytes <= X_BYTES * 4 / 3 {
+    if rows <= FEW || x_bytes <= most * 4 / 3 {
         return k.max(1);
     }
-    (X_BYTES / (rows * size_of::<Lanes>()) * F::PER_STEP).next_multiple_of(MULTIPLE)
+    (most / (rows * size_of::<Lanes>()) * F::PER_STEP).next_multiple_of(MULTIPLE)
 }
 
 /// Outputs of the next tile: as many as there are registers for.
@@ -121,6 +133,8 @@ struct Tile<'a, F: Format> {
     part: Range<usize>,
     /// Its sums: those of the part before, or to be carried on by the next.
     carried: *mut Lanes,
+    /// The weights of the tile that comes next.
+    next: *const F::Element,
     prefetch: Prefetch,
 }
 
@@ -199,7 +213,7 @@ struct Sized<'a, F: Format, const OUTPUTS: usize, const ROWS: usize>(Tile<'a, F>
 impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F, OUTPUTS, ROWS> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Tile { block, output, rows, part, carried, prefetch } = self.0;
+        let Tile { block, output, rows, part, carried, next, prefetch } = self.0;
         let (k, stride) = (part.len(), block.weight_stride);
         // SAFETY: the block has these outputs; the part begins within x and the weights.
         let (weights, mut x) = unsafe {
@@ -216,8 +230,7 @@ impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F,
                 }
             }
         }
-        let next_tile = weights.wrapping_add(OUTPUTS * stride);
-        let mut ahead = Ahead::new(next_tile, stride, OUTPUTS, k.div_ceil(line), prefetch);
+        let mut ahead = Ahead::new(next, stride, OUTPUTS, k.div_ceil(line), prefetch);
         let lines_per_step = OUTPUTS.div_ceil(prefetch.times_used);
         let mut at = 0;
         while at + line <= k {

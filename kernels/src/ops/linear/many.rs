@@ -19,11 +19,14 @@ pub(super) const OUTPUTS: usize = 2 * LANES;
 /// Levels of the tree of sixteen lanes.
 const LEVELS: usize = LANES.ilog2() as usize;
 
-/// Part of the panels that all rows use before the next part, so that it stays in an L2 cache of 512 KiB or more.
-const PART_BYTES: usize = 256 << 10;
+/// Part of a panel that is multiplied with some rows before the next part: it stays in an L1 cache of 32 KiB or more, while
+/// x passes by.
+const PART_BYTES: usize = 16 << 10;
 
-/// Panels that are used together where one has several parts, so that the rows, which do not stay in a cache then, are read
-/// the less often.
+/// Rows whose part of x stays in the L2 cache while the panels of a group are multiplied with it.
+const ROWS_TOGETHER: usize = 128;
+
+/// Panels of a group: the more, the less often x comes from beyond the L2 cache.
 const PANELS: usize = 4;
 
 /// Working memory of a thread, kept.
@@ -57,15 +60,14 @@ impl<F: Format> Kernel for Panels<'_, F> {
         let panel_outputs = panel_vectors * LANES;
         let panel_len = block.x.steps * panel_outputs;
         let panel_bytes = panel_len * size_of::<Lanes>();
-        let panels = if panel_bytes <= 2 * PART_BYTES { 1 } else { PANELS };
-        let parts = (panels * panel_bytes).div_ceil(PART_BYTES).next_power_of_two().min(LANES);
-        // With one part, a tile is done before the next begins.
-        let kept_rows = if parts == 1 { S::PANEL_ROWS } else { block.x.rows };
-        let kept_len = kept_rows * panel_vectors * LEVELS;
-        grow(&mut scratch.panel, panels * panel_len);
-        grow(&mut scratch.nodes, panels * kept_len);
-        for first in (0..block.num_outputs).step_by(panels * panel_outputs) {
-            let outputs = (first..block.num_outputs).step_by(panel_outputs).take(panels);
+        let parts = panel_bytes.div_ceil(PART_BYTES).next_power_of_two().min(LANES);
+        let num_tiles = block.x.num_tiles();
+        let tiles_together = (ROWS_TOGETHER / S::PANEL_ROWS).max(1);
+        let kept_len = tiles_together * S::PANEL_ROWS * panel_vectors * LEVELS;
+        grow(&mut scratch.panel, PANELS * panel_len);
+        grow(&mut scratch.nodes, PANELS * kept_len);
+        for first in (0..block.num_outputs).step_by(PANELS * panel_outputs) {
+            let outputs = (first..block.num_outputs).step_by(panel_outputs).take(PANELS);
             for (i, output) in outputs.clone().enumerate() {
                 let panel = scratch.panel[i * panel_len..].as_mut_ptr();
                 for vector in 0..panel_vectors {
@@ -74,22 +76,27 @@ impl<F: Format> Kernel for Panels<'_, F> {
                     simd.call(Turn { block, output, num_outputs, panel, vector, panel_vectors });
                 }
             }
-            for part in 0..parts {
-                let leaves = part * LANES / parts..(part + 1) * LANES / parts;
-                for tile in 0..block.x.num_tiles() {
+            for tiles in (0..num_tiles).step_by(tiles_together) {
+                let tiles = tiles..num_tiles.min(tiles + tiles_together);
+                let first_row = block.x.tile(tiles.start).row;
+                for part in 0..parts {
+                    let leaves = part * LANES / parts..(part + 1) * LANES / parts;
                     for (i, output) in outputs.clone().enumerate() {
-                        let rows = block.x.tile(tile);
-                        let kept = if parts == 1 { 0 } else { rows.row * panel_vectors * LEVELS };
-                        let tile = Tile {
-                            block,
-                            panel: scratch.panel[i * panel_len..].as_ptr(),
-                            output,
-                            num_outputs: panel_outputs.min(block.num_outputs - output),
-                            rows,
-                            leaves: leaves.clone(),
-                            nodes: scratch.nodes[i * kept_len + kept..].as_mut_ptr(),
-                        };
-                        tile.call(simd);
+                        for tile in tiles.clone() {
+                            let rows = block.x.tile(tile);
+                            let kept = (rows.row - first_row) * panel_vectors * LEVELS;
+                            let tile = Tile {
+                                block,
+                                panel: scratch.panel[i * panel_len..].as_ptr(),
+                                output,
+                                num_outputs: panel_outputs.min(block.num_outputs - output),
+                                rows,
+                                next_x: block.x.tile((tile + 1).min(tiles.end - 1)).x,
+                                leaves: leaves.clone(),
+                                nodes: scratch.nodes[i * kept_len + kept..].as_mut_ptr(),
+                            };
+                            tile.call(simd);
+                        }
                     }
                 }
             }
@@ -143,6 +150,8 @@ struct Tile<'a, F: Format> {
     output: usize,
     num_outputs: usize,
     rows: RowTile,
+    /// Of the tile that comes next.
+    next_x: *const f32,
     /// Which lanes of k, by their place in the tree.
     leaves: Range<usize>,
     nodes: *mut Lanes,
@@ -170,16 +179,21 @@ struct Sized<'a, F: Format, const VECTORS: usize, const ROWS: usize>(Tile<'a, F>
 impl<F: Format, const VECTORS: usize, const ROWS: usize> Kernel for Sized<'_, F, VECTORS, ROWS> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Tile { block, panel, output, num_outputs, rows, leaves, nodes } = self.0;
+        let Tile { block, panel, output, num_outputs, rows, next_x, leaves, nodes } = self.0;
         let steps = block.x.steps;
-        for leaf in leaves {
-            // The order of the leaves: 0 and 8, 4 and 12, 2 and 10, ...
-            let lane = leaf.reverse_bits() >> (usize::BITS as usize - LEVELS);
+        // The order of the leaves: 0 and 8, 4 and 12, 2 and 10, ...
+        let lane_of = |leaf: usize| leaf.reverse_bits() >> (usize::BITS as usize - LEVELS);
+        for leaf in leaves.clone() {
+            let lane = lane_of(leaf);
+            let next = match leaf + 1 {
+                next if next < leaves.end => rows.x.wrapping_add(lane_of(next) * steps * ROWS),
+                _ => next_x.wrapping_add(lane_of(leaves.start) * steps * ROWS),
+            };
             // SAFETY: panel and tile have `steps` of each lane.
             let mut sums = unsafe {
                 let weights = panel.add(lane * steps * VECTORS).cast::<f32>();
                 let x = rows.x.add(lane * steps * ROWS);
-                lane_sums::<S, F, VECTORS, ROWS>(simd, weights, x, steps)
+                lane_sums::<S, F, VECTORS, ROWS>(simd, weights, x, next, steps)
             };
             let level = leaf.trailing_ones() as usize;
             for level in 0..level {
@@ -215,7 +229,8 @@ impl<F: Format, const VECTORS: usize, const ROWS: usize> Kernel for Sized<'_, F,
     }
 }
 
-/// The sums of one lane of k.
+/// The sums of one lane of k. Asks for the x that comes next: the parts of x are short and lie apart, so the CPU guesses
+/// them late.
 ///
 /// # Safety
 /// `steps * VECTORS` vectors can be read at `weights`, `steps * ROWS` values at `x`.
@@ -224,10 +239,13 @@ unsafe fn lane_sums<S: Simd, F: Format, const VECTORS: usize, const ROWS: usize>
     simd: S,
     mut weights: *const f32,
     mut x: *const f32,
+    mut next: *const f32,
     steps: usize,
 ) -> [[S::Vector; VECTORS]; ROWS] {
     let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
     for _ in 0..steps {
+        simd.prefetch(next.cast());
+        next = next.wrapping_add(ROWS);
         let mut loaded = [simd.splat(0.0); VECTORS];
         for (vector, weight) in loaded.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
