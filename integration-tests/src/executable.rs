@@ -39,7 +39,7 @@ pub fn golden(name: &str) -> Value {
 pub fn lamplighter() -> Command {
     let mut command = Command::new(executable());
     command.env_clear();
-    for name in ["PATH", "HOME", "TMPDIR", "RUST_BACKTRACE"] {
+    for name in ["PATH", "HOME", "TMPDIR", "RUST_BACKTRACE", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"] {
         #[expect(clippy::disallowed_methods, reason = "passes the surroundings on, and reads no setting")]
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);

@@ -81,10 +81,7 @@ impl Context {
     /// An error: this build is without CUDA.
     #[cfg(not(feature = "cuda"))]
     pub fn cuda(_ordinal: usize, _num_threads: usize) -> Result<Self> {
-        Err(Error::Unavailable(
-            "this executable was built without CUDA: build it with `make build-cuda`, or compute on the CPU"
-                .into(),
-        ))
+        Err(without_cuda())
     }
 
     /// Where operations expect their operands.
@@ -244,6 +241,23 @@ impl Context {
     pub(crate) fn device(&self) -> Option<&Arc<Device>> {
         self.device.as_ref()
     }
+}
+
+/// GPUs that CUDA shows to this process (`CUDA_VISIBLE_DEVICES` chooses among those there are). An error says what is
+/// missing: a build with CUDA, the driver, a GPU, a newer driver.
+pub fn num_gpus() -> Result<usize> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::num_devices();
+    #[cfg(not(feature = "cuda"))]
+    Err(without_cuda())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn without_cuda() -> Error {
+    Error::Unavailable(
+        "this executable was built without CUDA: build it with `--features cuda` (`make build-cuda`), or compute on the CPU"
+            .into(),
+    )
 }
 
 /// See [`Context::freeze`].

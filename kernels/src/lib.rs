@@ -34,7 +34,7 @@ mod tensor;
 
 pub use candle_core::DType;
 pub use collective::Communicator;
-pub use context::{Context, Frozen, MemoryUse};
+pub use context::{Context, Frozen, MemoryUse, num_gpus};
 pub use graph::Graph;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};
 pub use pool::available_cores;

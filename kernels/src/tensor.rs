@@ -418,7 +418,7 @@ pub struct View<'a> {
     pub(crate) cols: usize,
     /// In elements.
     pub(crate) row_stride: usize,
-    lifetime: PhantomData<&'a u8>,
+    pub(crate) lifetime: PhantomData<&'a u8>,
 }
 
 // SAFETY: a view is a shared borrow of memory that is `Sync`.
@@ -491,6 +491,16 @@ impl<'a> View<'a> {
         assert!(start + len <= self.cols, "narrow_cols: {start}+{len} of {}", self.cols);
         let ptr = self.ptr.wrapping_add(start * self.dtype.size_in_bytes());
         Self { ptr, cols: len, ..self }
+    }
+    /// The same elements in rows of another length.
+    ///
+    /// # Panics
+    /// Where rows have gaps, or the number of elements differs.
+    #[must_use]
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        assert!(self.rows <= 1 || self.row_stride == self.cols, "rows have gaps");
+        assert_eq!(self.rows * self.cols, rows * cols, "reshape: number of elements");
+        Self { rows, cols, row_stride: cols, ..self }
     }
     /// One row.
     ///

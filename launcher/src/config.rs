@@ -14,9 +14,10 @@ pub(crate) struct LauncherConfig {
     #[arg(long, env = "MODEL_ID")]
     pub(crate) model_id: Option<String>,
 
-    /// Number of shards that the model is split over (tensor parallelism)
-    #[arg(long, env = "NUM_SHARD", default_value_t = 1, value_parser = num_shard)]
-    pub(crate) num_shard: usize,
+    /// Number of shards that the model is split over (tensor parallelism) [default: the GPUs that CUDA shows; 1 on the
+    /// CPU]
+    #[arg(long, env = "NUM_SHARD", value_parser = num_shard)]
+    pub(crate) num_shard: Option<usize>,
 
     /// Prefix of the shards' sockets, PREFIX-0, PREFIX-1, ... [default: in a private directory]
     #[arg(long, env = "SHARD_UDS_PATH")]
@@ -27,6 +28,15 @@ pub(crate) struct LauncherConfig {
 
     #[command(flatten)]
     pub(crate) shard: ShardConfig,
+}
+
+impl LauncherConfig {
+    /// With what is to be found out on this machine: which device computes, and how many shards there are.
+    pub(crate) fn resolved(&self) -> anyhow::Result<Self> {
+        let device = shard::resolve_device(&self.shard)?;
+        let num_shard = Some(self.num_shard.unwrap_or_else(|| shard::default_num_shards(device)));
+        Ok(Self { num_shard, shard: ShardConfig { device, ..self.shard.clone() }, ..self.clone() })
+    }
 }
 
 /// What the command line asks for.
@@ -137,7 +147,7 @@ mod tests {
     fn settings_of_router_and_shard_are_flags_of_the_launcher() {
         let config =
             launch("lamplighter --num-shard 2 --max-batch-prefill-tokens 16 --dtype bfloat16 -p 8080");
-        assert_eq!(config.num_shard, 2);
+        assert_eq!(config.num_shard, Some(2));
         assert_eq!(config.router.max_batch_prefill_tokens, Some(16));
         assert_eq!(config.router.port, 8080);
         assert!(config.shard.dtype.is_some());
@@ -147,6 +157,24 @@ mod tests {
     fn no_shards_at_all_is_an_error_that_names_the_flag() {
         let error = parse_line("lamplighter --num-shard 0").err().unwrap().to_string();
         assert!(error.contains("--num-shard") && error.contains("at least 1"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_said_is_found_out() {
+        let config = launch("lamplighter --device cpu").resolved().unwrap();
+        assert_eq!((config.num_shard, config.shard.device), (Some(1), shard::DeviceChoice::Cpu));
+        let config =
+            launch("lamplighter --device cpu --num-shard 2 --disable-custom-kernels").resolved().unwrap();
+        assert_eq!(config.num_shard, Some(2));
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_gpu_needs_another_build() {
+        let error = launch("lamplighter --device cuda").resolved().unwrap_err().to_string();
+        assert!(error.contains("without CUDA") && error.contains("--features cuda"), "{error}");
+        let auto = launch("lamplighter").resolved().unwrap();
+        assert_eq!(auto.shard.device, shard::DeviceChoice::Cpu);
     }
 
     #[test]

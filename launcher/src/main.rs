@@ -45,6 +45,7 @@ fn main() -> ExitCode {
 }
 
 fn launch(config: &LauncherConfig) -> anyhow::Result<ExitCode> {
+    let config = &config.resolved()?;
     let run_directory = RunDirectory::create()?;
     let model = model::resolve(config.model_id.as_deref(), run_directory.path())?;
     let group = topology::arrange(config, &model, &run_directory)?;

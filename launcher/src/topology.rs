@@ -107,8 +107,7 @@ pub(crate) fn arrange(
     model: &Model,
     run: &RunDirectory,
 ) -> Result<Group, TopologyError> {
-    let mut shards = Vec::with_capacity(config.num_shard);
-    let mut sockets = Vec::with_capacity(config.num_shard);
+    let (mut shards, mut sockets) = (Vec::new(), Vec::new());
     for placement in place_shards(config, model, run, num_cores()) {
         let name = format!("shard-{}", placement.rank);
         let socket = placement.uds_path.clone();
@@ -136,7 +135,7 @@ fn place_shards(
     run: &RunDirectory,
     num_cores: usize,
 ) -> Vec<ShardPlacement> {
-    let world_size = config.num_shard;
+    let world_size = config.num_shard.unwrap_or(1);
     let prefix = config.shard_uds_path.clone().map_or_else(|| run.path().join("shard"), PathBuf::from);
     (0..world_size)
         .map(|rank| ShardPlacement {
@@ -145,6 +144,9 @@ fn place_shards(
             rank,
             world_size,
             rendezvous: (world_size > 1).then(|| run.rendezvous()),
+            master_addr: None,
+            master_port: 0,
+            local_rank: None,
             num_threads: Some((num_cores / world_size).max(1)),
             json_output: config.router.json_output,
             log_level: config.router.log_level.clone(),

@@ -15,14 +15,57 @@ pub struct ShardConfig {
     pub dtype: Option<Dtype>,
 
     /// Element type of keys and values. Half as wide, twice as many tokens fit the memory and a long context is read
-    /// twice as fast [default: bfloat16, but float32 where the weights' type is float32]
+    /// twice as fast; fp8_e4m3fn needs a GPU [default: that of the weights on a GPU; on the CPU bfloat16, but float32 where the
+    /// weights' type is float32]
     #[arg(long, env = "KV_CACHE_DTYPE", value_enum)]
-    pub kv_cache_dtype: Option<Dtype>,
+    pub kv_cache_dtype: Option<KvCacheDtype>,
 
     /// Quantize the linear layers' weights, all but the head's, when the model is loaded. Less memory is read for each
     /// token, at the price of some accuracy [default: as they are stored]
     #[arg(long, env = "QUANTIZE", value_enum)]
     pub quantize: Option<Quantization>,
+
+    /// What computes. auto: the GPUs that CUDA shows, where this executable was built for them and there are any, else the
+    /// CPU
+    #[arg(long, env = "LAMPLIGHTER_DEVICE", value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Batch sizes for which decode steps are recorded as CUDA graphs, to which smaller batches are padded; 0: none. Without
+    /// graphs a step of a small model waits for the host [default: 1,2,4,8,16,24,32, ... 256]
+    #[arg(long, env = "CUDA_GRAPHS", value_delimiter = ',')]
+    pub cuda_graphs: Option<Vec<usize>>,
+
+    /// Share of the GPU's memory left beside weights and buffers that keys and values take. Less leaves room for other
+    /// programs on the same GPU
+    #[arg(long, env = "CUDA_MEMORY_FRACTION", default_value_t = 1.0, value_parser = fraction)]
+    pub cuda_memory_fraction: f64,
+
+    /// Refused on a GPU, where all kernels are our own and there are no others to use instead; on the CPU there are none
+    #[arg(long, env = "DISABLE_CUSTOM_KERNELS")]
+    pub disable_custom_kernels: bool,
+}
+
+impl Default for ShardConfig {
+    /// As without any flag.
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            kv_cache_dtype: None,
+            quantize: None,
+            device: DeviceChoice::Auto,
+            cuda_graphs: None,
+            cuda_memory_fraction: 1.0,
+            disable_custom_kernels: false,
+        }
+    }
+}
+
+fn fraction(value: &str) -> Result<f64, String> {
+    match value.parse::<f64>() {
+        Ok(fraction) if fraction > 0.0 && fraction <= 1.0 => Ok(fraction),
+        Ok(_) => Err("must be above 0 and at most 1".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// What a shard must be told about its surroundings: set by the launcher, or by hand when started alone.
@@ -48,6 +91,18 @@ pub struct ShardPlacement {
     #[arg(long)]
     pub rendezvous: Option<PathBuf>,
 
+    /// Host of rank 0, where the ranks of several hosts meet (GPUs only)
+    #[arg(long, env = "MASTER_ADDR")]
+    pub master_addr: Option<String>,
+
+    /// Port at which rank 0 waits for the others there
+    #[arg(long, env = "MASTER_PORT", default_value_t = 29500)]
+    pub master_port: u16,
+
+    /// Which of the GPUs that CUDA shows to this process is used [default: the rank, where all ranks are on one host]
+    #[arg(long, env = "LOCAL_RANK")]
+    pub local_rank: Option<usize>,
+
     /// Threads for computing [default: the cores given to this process, divided by world-size]
     #[arg(long)]
     pub num_threads: Option<usize>,
@@ -65,7 +120,39 @@ pub struct ShardPlacement {
     pub supervised: bool,
 }
 
-/// Element type of weights or KV cache.
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// GPUs where there are any.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// NVIDIA GPUs; an error where there are none.
+    Cuda,
+}
+
+/// Element type of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDtype {
+    /// 32-bit float.
+    #[value(alias = "f32")]
+    Float32,
+    /// IEEE 754 half precision.
+    #[value(alias = "f16")]
+    Float16,
+    /// bfloat16.
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// 8 bits, of which 4 are the exponent's and 3 the mantissa's, without infinities (Micikevicius et al. 2022,
+    /// arXiv:2209.05433).
+    #[value(name = "fp8_e4m3fn")]
+    #[serde(rename = "fp8_e4m3fn")]
+    Fp8E4m3fn,
+}
+
+/// Element type of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
@@ -86,4 +173,35 @@ pub enum Dtype {
 pub enum Quantization {
     /// 8-bit integers with one scale for each output; activations stay in float.
     Eetq,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, FromArgMatches};
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<ShardConfig, clap::Error> {
+        let command = ShardConfig::augment_args(clap::Command::new("shard").no_binary_name(true));
+        ShardConfig::from_arg_matches(&command.try_get_matches_from(line.split_whitespace())?)
+    }
+
+    #[test]
+    fn settings_of_gpus_have_the_values_that_tgi_gave_them() {
+        let config =
+            parse("--cuda-graphs 1,4,16 --kv-cache-dtype fp8_e4m3fn --cuda-memory-fraction 0.8").unwrap();
+        assert_eq!(config.cuda_graphs, Some(vec![1, 4, 16]));
+        assert_eq!(config.kv_cache_dtype, Some(KvCacheDtype::Fp8E4m3fn));
+        let text = serde_json::to_string(&config).unwrap();
+        let again: ShardConfig = serde_json::from_str(&text).unwrap();
+        assert_eq!((again.kv_cache_dtype, again.device), (config.kv_cache_dtype, DeviceChoice::Auto));
+    }
+
+    #[test]
+    fn a_fraction_of_the_memory_is_above_0_and_at_most_1() {
+        for value in ["0", "1.1", "-1", "NaN"] {
+            let message = parse(&format!("--cuda-memory-fraction={value}")).unwrap_err().to_string();
+            assert!(message.contains("must be above 0 and at most 1"), "{message}");
+        }
+    }
 }

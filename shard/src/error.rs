@@ -44,6 +44,17 @@ impl Error {
         Self::InvalidArgument { field: field.into(), message: message.into() }
     }
 
+    /// Memory that is lacking at the start is no reason to end: the operator asks for less.
+    pub(crate) fn of_warmup(self) -> Self {
+        match self {
+            Self::Compute(kernels::Error::OutOfMemory(message)) => Self::OutOfMemory(format!(
+                "{message}: lower max_step_tokens (--max-batch-prefill-tokens), max_step_sequences (--max-batch-size) or \
+                 --cuda-memory-fraction, or stop what else uses the GPU"
+            )),
+            other => other,
+        }
+    }
+
     /// Whether this process can no longer keep its promises and has to end.
     pub fn is_fatal(&self) -> bool {
         matches!(self, Self::RanksDisagree { .. } | Self::Compute(_))

@@ -6,6 +6,7 @@
 
 mod config;
 pub mod decoder;
+mod device;
 pub mod engine;
 mod error;
 pub mod models;
@@ -18,7 +19,8 @@ pub mod weights;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-pub use config::{Dtype, Quantization, ShardConfig, ShardPlacement};
+pub use config::{DeviceChoice, Dtype, KvCacheDtype, Quantization, ShardConfig, ShardPlacement};
+pub use device::{default_num_shards, resolve_device, visible_gpus};
 pub use error::Error;
 
 /// Serves one rank of a model until SIGTERM (or, unless supervised, SIGINT), which is success, or until it cannot go

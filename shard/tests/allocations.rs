@@ -11,7 +11,7 @@ use kernels::collective::Local;
 use proto::v1::{
     NewSequence, SamplingParameters, ScheduledSequence, StepRequest, StoppingParameters, WarmupRequest,
 };
-use shard::decoder::{ForwardInput, KvCache, StepLimits};
+use shard::decoder::{ForwardInput, KvCache, SamplingInput, StepLimits};
 use shard::engine::{Engine, Origin};
 use shard::models::{self, LoadOptions, Model};
 
@@ -61,14 +61,24 @@ fn a_decode_step_allocates_nothing_but_its_answer() {
 fn forward_and_logits_allocate_nothing() {
     let context = Context::cpu(2);
     let mut model = model(&context);
-    model.decoder.prepare(StepLimits { max_step_tokens: 64, max_logit_rows: 8, max_position: MAX_LEN });
+    let limits = StepLimits {
+        max_step_tokens: 64,
+        max_step_sequences: NUM_SEQUENCES,
+        max_logit_rows: 8,
+        max_position: MAX_LEN,
+        block_size: BLOCK_SIZE,
+    };
+    model.decoder.prepare(&context, limits).expect("memory");
     let blocks = MAX_LEN / BLOCK_SIZE;
-    let mut cache = KvCache::new(&model.decoder, NUM_SEQUENCES * blocks, BLOCK_SIZE, model.kv_dtype);
+    let num_blocks = NUM_SEQUENCES * blocks;
+    let mut cache =
+        KvCache::new(&context, &model.decoder, num_blocks, BLOCK_SIZE, model.kv_dtype).expect("memory");
+    let mut staging = ForwardInput::staging(&context, &limits).expect("memory");
     let inputs: Vec<ForwardInput> = (0..MAX_LEN).map(|position| decode_rows(position, blocks)).collect();
-    let rows: Vec<u32> = (0..NUM_SEQUENCES as u32).collect();
     let mut compute = |input: &ForwardInput| {
-        model.decoder.forward(&context, &mut Local, input, &mut cache).expect("shapes fit");
-        model.decoder.logits(&context, &mut Local, &rows).expect("shapes fit");
+        let step = input.send(&context, &mut staging).expect("it fits the limits");
+        model.decoder.forward(&context, &mut Local, &step, &mut cache).expect("shapes fit");
+        model.decoder.logits(&context, &mut Local, step.logit_rows).expect("shapes fit");
     };
     // Each thread has its working memory after a step with the longest sequence.
     let (last, others) = inputs.split_last().expect("positions");
@@ -91,6 +101,8 @@ fn decode_rows(position: usize, blocks: usize) -> ForwardInput {
         kv_lens: vec![position as u32 + 1; NUM_SEQUENCES],
         block_tables: (0..NUM_SEQUENCES * blocks).map(|block| block as u32).collect(),
         max_blocks: blocks,
+        logit_rows: (0..NUM_SEQUENCES as u32).collect(),
+        sampling: SamplingInput::default(),
     }
 }
 

@@ -155,10 +155,10 @@ fn check_shapes(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Res
 
 /// What is asked on the CPU.
 fn check_types(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Result<()> {
-    for (i, part) in parts.iter().enumerate() {
-        part.weight.require_place(&format!("weight {i}"), Place::Host)?;
+    for part in parts {
+        part.weight.require_place("a weight", Place::Host)?;
         if let Some(bias) = part.bias {
-            f32_vector(OP, &format!("bias {i}"), bias, part.weight.rows())?;
+            f32_vector(OP, "a bias", bias, part.weight.rows())?;
         }
     }
     require_f32_matrix(OP, "x", matrix(x), (x.rows(), x.cols()))?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kernels::collective::Local;
 use kernels::ops::attention::write_kv;
-use kernels::{Context, Tensor};
+use kernels::{Context, Staging, Tensor, View};
 use shard::Quantization;
 use shard::decoder::{ForwardInput, KvCache, StepLimits};
 use shard::models::{LoadOptions, Model, load};
@@ -23,26 +23,33 @@ const MAX_POSITION: usize = LONG_CONTEXT + 2 * BLOCK_SIZE;
 const BLOCKS_PER_SEQUENCE: usize = MAX_POSITION / BLOCK_SIZE;
 const NUM_BLOCKS: usize = LONG_BATCH * BLOCKS_PER_SEQUENCE;
 const MAX_ROWS: usize = 512;
+/// The largest batch.
+const MAX_SEQUENCES: usize = 16;
 /// How long a figure is repeated; the best counts.
 const LEAST: Duration = Duration::from_millis(700);
 
 pub(crate) struct Ours {
     model: Model,
     cache: KvCache,
+    staging: Staging,
 }
 
 impl Ours {
     pub(crate) fn load(context: &Context, directory: &Path, int8: bool) -> anyhow::Result<Self> {
         let quantize = int8.then_some(Quantization::Eetq);
         let mut model = load(context, directory, LoadOptions { quantize, ..LoadOptions::default() })?;
-        model.decoder.prepare(StepLimits {
+        let limits = StepLimits {
             max_step_tokens: MAX_ROWS,
-            max_logit_rows: 16,
+            max_step_sequences: MAX_SEQUENCES,
+            max_logit_rows: MAX_SEQUENCES,
             max_position: MAX_POSITION,
-        });
-        let mut cache = KvCache::new(&model.decoder, NUM_BLOCKS, BLOCK_SIZE, model.kv_dtype);
+            block_size: BLOCK_SIZE,
+        };
+        model.decoder.prepare(context, limits)?;
+        let mut cache = KvCache::new(context, &model.decoder, NUM_BLOCKS, BLOCK_SIZE, model.kv_dtype)?;
         fill(context, &model, &mut cache)?;
-        Ok(Self { model, cache })
+        let staging = ForwardInput::staging(context, &limits)?;
+        Ok(Self { model, cache, staging })
     }
 
     /// The best of several steps (prefill) or runs of steps (decode).
@@ -79,9 +86,9 @@ impl Ours {
 
     /// A step, and the logits of each sequence's last token.
     fn compute(&mut self, context: &Context, input: &ForwardInput) -> anyhow::Result<()> {
-        self.model.decoder.forward(context, &mut Local, input, &mut self.cache)?;
-        let last_rows: Vec<u32> = input.query_starts[1..].iter().map(|end| end - 1).collect();
-        self.model.decoder.logits(context, &mut Local, &last_rows)?;
+        let step = input.send(context, &mut self.staging)?;
+        self.model.decoder.forward(context, &mut Local, &step, &mut self.cache)?;
+        self.model.decoder.logits(context, &mut Local, step.logit_rows)?;
         Ok(())
     }
 }
@@ -104,6 +111,7 @@ fn input(batch: usize, start: usize, tokens: usize) -> ForwardInput {
         input.kv_lens.push((start + tokens) as u32);
         input.block_tables.extend((0..stride).map(block));
     }
+    input.logit_rows = input.query_starts[1..].iter().map(|end| end - 1).collect();
     input
 }
 
@@ -116,7 +124,7 @@ fn fill(context: &Context, model: &Model, cache: &mut KvCache) -> anyhow::Result
     for layer in cache.layers_mut() {
         for slots in slots.chunks(MAX_ROWS) {
             let rows = rows.view().narrow_rows(0, slots.len());
-            write_kv(context, rows, rows, slots, layer)?;
+            write_kv(context, rows, rows, View::from_slice(slots, 1, slots.len()), layer)?;
         }
     }
     Ok(())

@@ -1,41 +1,41 @@
 //! Self-attention with grouped queries over the paged cache.
 
-use kernels::ops::attention::{paged_attention, write_kv};
-use kernels::ops::rotary::rotary;
-use kernels::{AttentionParams, Communicator, Context, DType, KvLayer, Result, Tensor, View, ViewMut};
+use kernels::ops::attention::{self, RotaryAndPages, paged_attention, rotary_write_kv};
+use kernels::{AttentionParams, Communicator, Context, DType, KvLayer, Result, Tensor, View};
 
-use super::ForwardInput;
+use super::StepInput;
 use super::linear::{ColumnParallel, Projection, RowParallel};
 use super::norm::RmsNorm;
+use super::residual::Residual;
 use super::rotary::RotaryTables;
 use super::spec::{DecoderSpec, LayerSpec, TensorNames};
 use crate::weights::{Error, Weights};
 
 pub(super) struct Attention {
     qkv: ColumnParallel<3>,
-    query_norm: Option<RmsNorm>,
-    key_norm: Option<RmsNorm>,
+    head_norms: Option<HeadNorms>,
     output: RowParallel,
     params: AttentionParams<'static>,
     widths: HeadWidths,
 }
 
-/// Columns of this rank's queries and of its keys (or values), and of one head.
+/// Norms of queries and keys, head by head.
+struct HeadNorms {
+    query: RmsNorm,
+    key: RmsNorm,
+}
+
+/// Columns of this rank's queries and of its keys (or values).
 #[derive(Clone, Copy)]
 pub(super) struct HeadWidths {
     query: usize,
     key: usize,
-    head_dim: usize,
 }
 
 impl HeadWidths {
     pub(super) fn new(spec: &DecoderSpec, world_size: usize) -> Self {
         let head_dim = spec.head_dim;
-        Self {
-            query: spec.num_heads / world_size * head_dim,
-            key: spec.num_kv_heads / world_size * head_dim,
-            head_dim,
-        }
+        Self { query: spec.num_heads / world_size * head_dim, key: spec.num_kv_heads / world_size * head_dim }
     }
 }
 
@@ -46,11 +46,11 @@ pub(super) struct AttentionBuffers {
 }
 
 impl AttentionBuffers {
-    pub(super) fn new(widths: HeadWidths, max_rows: usize) -> Self {
-        Self {
-            qkv: Tensor::zeros(max_rows, widths.query + 2 * widths.key, DType::F32),
-            attended: Tensor::zeros(max_rows, widths.query, DType::F32),
-        }
+    pub(super) fn new(context: &Context, widths: HeadWidths, max_rows: usize, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            qkv: context.zeros(max_rows, widths.query + 2 * widths.key, dtype)?,
+            attended: context.zeros(max_rows, widths.query, dtype)?,
+        })
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {
@@ -74,17 +74,19 @@ impl Attention {
             has_bias: spec.qkv_bias,
         };
         let head_norm = |weights: &mut Weights, name: &str| {
-            spec.qk_norm
-                .then(|| RmsNorm::load(weights, &format!("{prefix}{name}"), spec.head_dim, spec.norm_eps))
-                .transpose()
+            RmsNorm::load(weights, &format!("{prefix}{name}"), spec.head_dim, spec.norm_eps)
         };
         Ok(Self {
             qkv: ColumnParallel::load(
                 weights,
                 [input(names.query, queries), input(names.key, keys), input(names.value, keys)],
             )?,
-            query_norm: head_norm(weights, names.query_norm)?,
-            key_norm: head_norm(weights, names.key_norm)?,
+            head_norms: if spec.qk_norm {
+                let query = head_norm(weights, names.query_norm)?;
+                Some(HeadNorms { query, key: head_norm(weights, names.key_norm)? })
+            } else {
+                None
+            },
             output: RowParallel::load(
                 weights,
                 Projection {
@@ -102,35 +104,31 @@ impl Attention {
         })
     }
 
-    /// `x`, `out`: `[rows, hidden]`. Writes this step's keys and values to `cache` first, then attends over it.
+    /// `x`: `[rows, hidden]`. Writes this step's keys and values to `cache` first, then attends over it and adds what
+    /// comes of it to the residual stream.
     pub(super) fn forward(
         &self,
         step: &mut AttentionStep<'_>,
         x: View<'_>,
         cache: &mut KvLayer,
-        out: ViewMut<'_>,
+        residual: &mut Residual<'_>,
     ) -> Result<()> {
         let AttentionStep { context, communicator, input, rotary: tables, buffers } = step;
-        let HeadWidths { query, key, head_dim } = self.widths;
+        let query = self.widths.query;
         let mut qkv = buffers.qkv.view_mut().narrow_rows(0, x.rows());
         self.qkv.forward(context, x, qkv.reborrow())?;
-        if let Some(norm) = &self.query_norm {
-            norm.forward_heads(context, qkv.reborrow().narrow_cols(0, query))?;
-        }
-        if let Some(norm) = &self.key_norm {
-            norm.forward_heads(context, qkv.reborrow().narrow_cols(query, key))?;
-        }
-        let positions = View::from_slice(&input.positions, 1, input.positions.len());
-        let queries_and_keys = qkv.reborrow().narrow_cols(0, query + key);
-        rotary(context, queries_and_keys, head_dim, positions, tables.view())?;
-
+        let norms = self.head_norms.as_ref().map(|HeadNorms { query, key }| attention::HeadNorms {
+            query: query.weight(),
+            key: key.weight(),
+            eps: query.eps(),
+        });
+        let places = RotaryAndPages { positions: input.positions, tables: tables.view(), slots: input.slots };
+        rotary_write_kv(context, qkv.reborrow(), norms, places, cache)?;
         let qkv = qkv.as_view();
-        let (keys, values) = (qkv.narrow_cols(query, key), qkv.narrow_cols(query + key, key));
-        write_kv(context, keys, values, &input.slot_mapping, cache)?;
         let mut attended = buffers.attended.view_mut().narrow_rows(0, x.rows());
         let queries = qkv.narrow_cols(0, query);
-        paged_attention(context, queries, cache, &input.attention_batch(), self.params, attended.reborrow())?;
-        self.output.forward(context, &mut **communicator, attended.as_view(), out)
+        paged_attention(context, queries, cache, &input.batch, self.params, attended.reborrow())?;
+        residual.add_projection(context, &mut **communicator, &self.output, attended.as_view())
     }
 }
 
@@ -138,7 +136,7 @@ impl Attention {
 pub(super) struct AttentionStep<'a> {
     pub(super) context: &'a Context,
     pub(super) communicator: &'a mut dyn Communicator,
-    pub(super) input: &'a ForwardInput,
+    pub(super) input: &'a StepInput<'a>,
     pub(super) rotary: &'a RotaryTables,
     pub(super) buffers: &'a mut AttentionBuffers,
 }

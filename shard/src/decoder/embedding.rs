@@ -27,7 +27,7 @@ impl Embedding {
         let slice = vocab_slice(spec, partition);
         let shape = [spec.vocab_size, spec.hidden_size];
         let table = weights.take_matrix(&format!("{}.weight", names.embedding), shape, slice)?;
-        let is_partitioned = slice == Slice::Rows;
+        let is_partitioned = slice == Slice::Rows && partition.world_size > 1;
         let first_id = if is_partitioned { partition.range(spec.vocab_size).start as u32 } else { 0 };
         Ok(Self { table, first_id, is_partitioned })
     }
@@ -37,10 +37,9 @@ impl Embedding {
         &self,
         context: &Context,
         communicator: &mut dyn Communicator,
-        ids: &[u32],
+        ids: View<'_>,
         mut out: ViewMut<'_>,
     ) -> Result<()> {
-        let ids = View::from_slice(ids, 1, ids.len());
         kernels::ops::embedding::embedding(context, ids, &self.table, self.first_id, out.reborrow())?;
         if self.is_partitioned { communicator.all_reduce_sum(out) } else { Ok(()) }
     }

@@ -24,15 +24,21 @@ pub(super) struct HeadBuffers {
 }
 
 impl HeadBuffers {
-    pub(super) fn new(spec: &DecoderSpec, head: &Head, max_rows: usize) -> Self {
-        let zeros = |cols: usize| Tensor::zeros(max_rows, cols, DType::F32);
+    pub(super) fn new(
+        context: &Context,
+        spec: &DecoderSpec,
+        head: &Head,
+        max_rows: usize,
+        dtype: DType,
+    ) -> Result<Self> {
+        let zeros = |cols: usize, dtype: DType| context.zeros(max_rows, cols, dtype);
         let part_cols = head.weight.rows();
-        Self {
-            hidden: zeros(spec.hidden_size),
-            normed: zeros(spec.hidden_size),
-            part: (part_cols < spec.vocab_size).then(|| zeros(part_cols)),
-            logits: zeros(spec.vocab_size),
-        }
+        Ok(Self {
+            hidden: zeros(spec.hidden_size, DType::F32)?,
+            normed: zeros(spec.hidden_size, dtype)?,
+            part: (part_cols < spec.vocab_size).then(|| zeros(part_cols, DType::F32)).transpose()?,
+            logits: zeros(spec.vocab_size, DType::F32)?,
+        })
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {
@@ -56,29 +62,30 @@ impl Head {
         Ok(Self { weight: weights.take_matrix(&format!("{}.weight", names.head), shape, slice)? })
     }
 
-    /// Logits `[rows.len(), vocab]` of the rows `rows` of `hidden`, which `norm` has not seen yet, the same on all ranks.
+    /// Logits `[n, vocab]` of the `n` rows of `hidden` that `rows` (u32 `[1, n]`) names, which `norm` has not seen yet, the same on all ranks.
     pub(super) fn forward<'a>(
         &self,
         context: &Context,
         communicator: &mut dyn Communicator,
         norm: &RmsNorm,
         hidden: View<'_>,
-        rows: &[u32],
+        rows: View<'_>,
         buffers: &'a mut HeadBuffers,
     ) -> Result<View<'a>> {
-        let mut gathered = buffers.hidden.view_mut().narrow_rows(0, rows.len());
-        gather_rows(context, hidden, View::from_slice(rows, 1, rows.len()), gathered.reborrow())?;
-        let mut normed = buffers.normed.view_mut().narrow_rows(0, rows.len());
+        let num_rows = rows.cols();
+        let mut gathered = buffers.hidden.view_mut().narrow_rows(0, num_rows);
+        gather_rows(context, hidden, rows, gathered.reborrow())?;
+        let mut normed = buffers.normed.view_mut().narrow_rows(0, num_rows);
         norm.forward(context, gathered.as_view(), normed.reborrow())?;
         let weight = [LinearPart { weight: Weight::Dense(&self.weight), bias: None }];
-        let mut logits = buffers.logits.view_mut().narrow_rows(0, rows.len());
+        let mut logits = buffers.logits.view_mut().narrow_rows(0, num_rows);
         if let Some(part) = &mut buffers.part {
-            let mut part = part.view_mut().narrow_rows(0, rows.len());
+            let mut part = part.view_mut().narrow_rows(0, num_rows);
             linear(context, normed.as_view(), &weight, part.reborrow())?;
             communicator.all_gather_cols(part.as_view(), logits)?;
         } else {
             linear(context, normed.as_view(), &weight, logits.reborrow())?;
         }
-        Ok(buffers.logits.view().narrow_rows(0, rows.len()))
+        Ok(buffers.logits.view().narrow_rows(0, num_rows))
     }
 }

@@ -1,6 +1,6 @@
 //! Memory for keys and values, allocated once.
 
-use kernels::{DType, KvLayer};
+use kernels::{Context, DType, KvLayer, Result};
 
 use super::Decoder;
 
@@ -12,13 +12,19 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache for `decoder` with `num_blocks` blocks of `block_size` tokens. The system gives the pages when they are
-    /// first written.
-    pub fn new(decoder: &Decoder, num_blocks: usize, block_size: usize, dtype: DType) -> Self {
+    /// A cache for `decoder` with `num_blocks` blocks of `block_size` tokens. On a CPU, the system gives
+    /// the pages when they are first written.
+    pub fn new(
+        context: &Context,
+        decoder: &Decoder,
+        num_blocks: usize,
+        block_size: usize,
+        dtype: DType,
+    ) -> Result<Self> {
         let (kv_heads, head_dim) = (decoder.kv_heads(), decoder.spec().head_dim);
-        let layer = || KvLayer::new(num_blocks, kv_heads, block_size, head_dim, dtype);
-        let layers = (0..decoder.spec().num_layers()).map(|_| layer()).collect();
-        Self { layers, num_blocks, block_size }
+        let layer = |_| KvLayer::new(context, num_blocks, kv_heads, block_size, head_dim, dtype);
+        let layers = (0..decoder.spec().num_layers()).map(layer).collect::<Result<_>>()?;
+        Ok(Self { layers, num_blocks, block_size })
     }
 
     /// Number of blocks.

@@ -4,9 +4,9 @@
 //! rank's share of the inputs, summed over the ranks. One behind the other they need one sum.
 
 use kernels::ops::linear::{LinearPart, linear};
-use kernels::{Communicator, Context, Result, Tensor, View, ViewMut};
+use kernels::{Context, Result, Tensor, View, ViewMut};
 
-use crate::quantization::{Layout, take_linear};
+use crate::quantization::{Layout, take_linears};
 use crate::weights::{Error, Slice, Weights};
 
 /// A linear layer as the checkpoint has it: a weight `[outputs, inputs]` (where it is dense, at `{name}.weight`), and
@@ -37,11 +37,12 @@ pub(super) struct ColumnParallel<const N: usize> {
 impl<const N: usize> ColumnParallel<N> {
     /// This rank's share of each layer's outputs.
     pub(super) fn load(weights: &mut Weights, projections: [Projection; N]) -> Result<Self, Error> {
+        let layers = projections.each_ref().map(|layer| (&*layer.name, [layer.outputs, layer.inputs]));
+        let layouts = take_linears(weights, &layers, Slice::Rows)?;
         let mut parts = Vec::with_capacity(N);
-        for Projection { name, outputs, inputs, has_bias } in projections {
-            let weight = take_linear(weights, &name, [outputs, inputs], Slice::Rows)?;
+        for (Projection { name, outputs, has_bias, .. }, weight) in projections.iter().zip(layouts) {
             let bias = has_bias
-                .then(|| weights.take_vector(&format!("{name}.bias"), outputs, Slice::Rows))
+                .then(|| weights.take_vector(&format!("{name}.bias"), *outputs, Slice::Rows))
                 .transpose()?;
             parts.push(Linear { weight, bias });
         }
@@ -51,7 +52,12 @@ impl<const N: usize> ColumnParallel<N> {
 
     /// `x`: `[rows, inputs]`; `out`: `[rows, this rank's outputs of all parts, side by side]`.
     pub(super) fn forward(&self, context: &Context, x: View<'_>, out: ViewMut<'_>) -> Result<()> {
-        linear(context, x, &self.parts.each_ref().map(Linear::part), out)
+        linear(context, x, &self.parts(), out)
+    }
+
+    /// The layers one by one, for who computes more than their outputs.
+    pub(super) fn parts(&self) -> [LinearPart<'_>; N] {
+        self.parts.each_ref().map(Linear::part)
     }
 }
 
@@ -64,7 +70,8 @@ impl RowParallel {
     /// This rank's share of the inputs. The bias is rank 0's, so that the sum over the ranks has it once.
     pub(super) fn load(weights: &mut Weights, projection: Projection) -> Result<Self, Error> {
         let Projection { name, outputs, inputs, has_bias } = projection;
-        let weight = take_linear(weights, &name, [outputs, inputs], Slice::Cols)?;
+        let mut layouts = take_linears(weights, &[(&name, [outputs, inputs])], Slice::Cols)?;
+        let weight = layouts.pop().expect("one for one layer");
         let bias = has_bias
             .then(|| weights.take_vector(&format!("{name}.bias"), outputs, Slice::Whole))
             .transpose()?
@@ -72,15 +79,8 @@ impl RowParallel {
         Ok(Self { part: Linear { weight, bias } })
     }
 
-    /// `x`: `[rows, this rank's inputs]`; `out`: `[rows, outputs]`, the same on all ranks.
-    pub(super) fn forward(
-        &self,
-        context: &Context,
-        communicator: &mut dyn Communicator,
-        x: View<'_>,
-        mut out: ViewMut<'_>,
-    ) -> Result<()> {
-        linear(context, x, &[self.part.part()], out.reborrow())?;
-        communicator.all_reduce_sum(out)
+    /// Of this rank: the outputs' sum over the ranks is the layer's.
+    pub(super) fn part(&self) -> LinearPart<'_> {
+        self.part.part()
     }
 }

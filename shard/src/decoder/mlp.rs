@@ -1,9 +1,11 @@
 //! Gated MLP with SiLU (Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 
-use kernels::ops::activation::silu_mul;
-use kernels::{Communicator, Context, DType, Result, Tensor, View, ViewMut};
+use kernels::ops::activation::Activation;
+use kernels::ops::linear::{GatedLinear, linear_gated};
+use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
 use super::linear::{ColumnParallel, Projection, RowParallel};
+use super::residual::Residual;
 use super::spec::{DecoderSpec, TensorNames};
 use crate::weights::{Error, Weights};
 
@@ -19,12 +21,12 @@ pub(super) struct MlpBuffers {
 }
 
 impl MlpBuffers {
-    pub(super) fn new(spec: &DecoderSpec, world_size: usize, max_rows: usize) -> Self {
-        let width = spec.intermediate_size / world_size;
-        Self {
-            gate_up: Tensor::zeros(max_rows, 2 * width, DType::F32),
-            activated: Tensor::zeros(max_rows, width, DType::F32),
-        }
+    /// `width`: of this rank's share.
+    pub(super) fn new(context: &Context, width: usize, max_rows: usize, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            gate_up: context.zeros(max_rows, 2 * width, dtype)?,
+            activated: context.zeros(max_rows, width, dtype)?,
+        })
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {
@@ -54,19 +56,20 @@ impl Mlp {
         })
     }
 
-    /// `x`, `out`: `[rows, hidden]`.
+    /// `x`: `[rows, hidden]`. Adds what comes of it to the residual stream.
     pub(super) fn forward(
         &self,
         context: &Context,
         communicator: &mut dyn Communicator,
         buffers: &mut MlpBuffers,
         x: View<'_>,
-        out: ViewMut<'_>,
+        residual: &mut Residual<'_>,
     ) -> Result<()> {
-        let mut gate_up = buffers.gate_up.view_mut().narrow_rows(0, x.rows());
-        self.gate_up.forward(context, x, gate_up.reborrow())?;
+        let gate_up = buffers.gate_up.view_mut().narrow_rows(0, x.rows());
         let mut activated = buffers.activated.view_mut().narrow_rows(0, x.rows());
-        silu_mul(context, gate_up.as_view(), activated.reborrow())?;
-        self.down.forward(context, communicator, activated.as_view(), out)
+        let [gate, up] = self.gate_up.parts();
+        let layer = GatedLinear { gate, up, activation: Activation::Silu };
+        linear_gated(context, x, layer, gate_up, activated.reborrow())?;
+        residual.add_projection(context, communicator, &self.down, activated.as_view())
     }
 }

@@ -12,10 +12,10 @@ mod kv_cache;
 mod linear;
 mod mlp;
 mod norm;
+mod residual;
 mod rotary;
 mod spec;
 
-use kernels::ops::activation::add;
 use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
 use attention::{Attention, AttentionBuffers, AttentionStep, HeadWidths};
@@ -23,11 +23,12 @@ use embedding::Embedding;
 use head::{Head, HeadBuffers};
 use mlp::{Mlp, MlpBuffers};
 use norm::RmsNorm;
+use residual::Residual;
 use rotary::RotaryTables;
 
 use crate::weights::{Error, Partition, Weights};
 
-pub use input::{ForwardInput, StepLimits};
+pub use input::{ForwardInput, MAX_LOGIT_BIASES, SamplingInput, StepInput, StepLimits};
 pub use kv_cache::KvCache;
 pub use spec::{DecoderSpec, LayerSpec, PartitionError, RotaryScaling, RotarySpec, TensorNames};
 
@@ -52,11 +53,11 @@ struct Layer {
 /// The buffers of a step.
 struct Workspace {
     rotary: RotaryTables,
-    /// The residual stream, f32 `[max_step_tokens, hidden]`, as are the next two; at the end of a step, input of the head.
+    /// The residual stream, f32 `[max_step_tokens, hidden]`; at the end of a step, input of the head.
     residual: Tensor,
-    /// Input of the current block.
+    /// Input of the current block, of the same shape in the type of activations.
     normed: Tensor,
-    /// Output of the current block.
+    /// Output of the current block, likewise, where it is not added to the residual stream at once.
     branch: Tensor,
     attention: AttentionBuffers,
     mlp: MlpBuffers,
@@ -107,20 +108,24 @@ impl Decoder {
         self.embedding.table.dtype()
     }
 
-    /// Allocates the buffers for steps within `limits`; those of an earlier call are released.
-    pub fn prepare(&mut self, limits: StepLimits) {
+    /// Allocates the buffers for steps within `limits`; those of an earlier call are released first.
+    pub fn prepare(&mut self, context: &Context, limits: StepLimits) -> Result<()> {
+        self.workspace = None;
         let (spec, world_size) = (&self.spec, self.partition.world_size);
         let rows = limits.max_step_tokens;
-        let hidden = || Tensor::zeros(rows, spec.hidden_size, DType::F32);
+        let dtype = context.activation_dtype(self.dtype());
+        let branch_rows = if world_size == 1 { 0 } else { rows };
+        let heads = HeadWidths::new(spec, world_size);
         self.workspace = Some(Workspace {
-            rotary: RotaryTables::new(&spec.rotary, limits.max_position),
-            residual: hidden(),
-            normed: hidden(),
-            branch: hidden(),
-            attention: AttentionBuffers::new(HeadWidths::new(spec, world_size), rows),
-            mlp: MlpBuffers::new(spec, world_size, rows),
-            head: HeadBuffers::new(spec, &self.head, limits.max_logit_rows),
+            rotary: RotaryTables::new(context, &spec.rotary, limits.max_position)?,
+            residual: context.zeros(rows, spec.hidden_size, DType::F32)?,
+            normed: context.zeros(rows, spec.hidden_size, dtype)?,
+            branch: context.zeros(branch_rows, spec.hidden_size, dtype)?,
+            attention: AttentionBuffers::new(context, heads, rows, dtype)?,
+            mlp: MlpBuffers::new(context, spec.intermediate_size / world_size, rows, dtype)?,
+            head: HeadBuffers::new(context, spec, &self.head, limits.max_logit_rows, dtype)?,
         });
+        Ok(())
     }
 
     /// Bytes of the buffers of a step; zero before [`Decoder::prepare`].
@@ -137,20 +142,21 @@ impl Decoder {
         &mut self,
         context: &Context,
         communicator: &mut dyn Communicator,
-        input: &ForwardInput,
+        input: &StepInput<'_>,
         cache: &mut KvCache,
     ) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("prepare comes before forward");
-        let rows = input.token_ids.len();
-        let mut residual = workspace.residual.view_mut().narrow_rows(0, rows);
+        let rows = input.token_ids.cols();
         let mut normed = workspace.normed.view_mut().narrow_rows(0, rows);
-        let mut branch = workspace.branch.view_mut().narrow_rows(0, rows);
-
-        self.embedding.forward(context, communicator, &input.token_ids, residual.reborrow())?;
-        if let Some(first) = self.layers.first() {
-            first.attention_norm.forward(context, residual.as_view(), normed.reborrow())?;
-        }
-        for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+        let branch_rows = rows.min(workspace.branch.rows());
+        let mut residual = Residual {
+            stream: workspace.residual.view_mut().narrow_rows(0, rows),
+            branch: workspace.branch.view_mut().narrow_rows(0, branch_rows),
+            is_pending: false,
+        };
+        self.embedding.forward(context, communicator, input.token_ids, residual.stream.reborrow())?;
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            residual.normalize(context, &layer.attention_norm, normed.reborrow())?;
             let mut step = AttentionStep {
                 context,
                 communicator: &mut *communicator,
@@ -158,22 +164,17 @@ impl Decoder {
                 rotary: &workspace.rotary,
                 buffers: &mut workspace.attention,
             };
-            layer.attention.forward(&mut step, normed.as_view(), cache, branch.reborrow())?;
-            layer.mlp_norm.add_forward(context, residual.reborrow(), branch.as_view(), normed.reborrow())?;
+            layer.attention.forward(&mut step, normed.as_view(), cache, &mut residual)?;
+            residual.normalize(context, &layer.mlp_norm, normed.reborrow())?;
             let mlp = &mut workspace.mlp;
-            layer.mlp.forward(context, communicator, mlp, normed.as_view(), branch.reborrow())?;
-            let (residual, branch) = (residual.reborrow(), branch.as_view());
-            if let Some(next) = self.layers.get(index + 1) {
-                next.attention_norm.add_forward(context, residual, branch, normed.reborrow())?;
-            } else {
-                // The last norm is for the rows that get logits.
-                add(context, residual, branch)?;
-            }
+            layer.mlp.forward(context, communicator, mlp, normed.as_view(), &mut residual)?;
         }
-        Ok(())
+        // The last norm is for the rows that get logits.
+        residual.finish(context)
     }
 
-    /// Logits, f32 `[rows.len(), vocab]`, of rows of the last step. All ranks make the same call and get the same.
+    /// Logits, f32 `[n, vocab]`, of the rows of the last step that `rows` (u32 `[1, n]`) names. All ranks make the same
+    /// call and get the same.
     ///
     /// # Panics
     /// Where [`Decoder::prepare`] was not called, or there are more rows than its limits say.
@@ -181,7 +182,7 @@ impl Decoder {
         &mut self,
         context: &Context,
         communicator: &mut dyn Communicator,
-        rows: &[u32],
+        rows: View<'_>,
     ) -> Result<View<'_>> {
         let workspace = self.workspace.as_mut().expect("prepare comes before logits");
         let hidden = workspace.residual.view();

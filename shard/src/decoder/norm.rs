@@ -1,6 +1,6 @@
 //! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-use kernels::ops::norm::{add_rms_norm, rms_norm, rms_norm_heads};
+use kernels::ops::norm::{add_rms_norm, rms_norm};
 use kernels::{Context, Result, Tensor, View, ViewMut};
 
 use crate::weights::{Error, Slice, Weights};
@@ -31,8 +31,13 @@ impl RmsNorm {
         add_rms_norm(context, residual, x, &self.weight, self.eps, out)
     }
 
-    /// Each head of `x` by itself, in place.
-    pub(super) fn forward_heads(&self, context: &Context, x: ViewMut<'_>) -> Result<()> {
-        rms_norm_heads(context, x, &self.weight, self.eps)
+    /// f32 `[1, len]`.
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// Added to the mean square.
+    pub(super) fn eps(&self) -> f32 {
+        self.eps
     }
 }

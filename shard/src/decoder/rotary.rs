@@ -1,6 +1,6 @@
 //! Cosines and sines of rotary position embedding, tabulated once for all positions of a step's longest sequence.
 
-use kernels::Tensor;
+use kernels::{Context, Result, Tensor};
 
 use super::spec::{RotaryScaling, RotarySpec};
 
@@ -12,15 +12,15 @@ pub(super) struct RotaryTables {
 
 impl RotaryTables {
     /// For positions `0 .. max_position`.
-    pub(super) fn new(spec: &RotarySpec, max_position: usize) -> Self {
+    pub(super) fn new(context: &Context, spec: &RotarySpec, max_position: usize) -> Result<Self> {
         let frequencies = inverse_frequencies(spec);
         // The angle is an f32 product, as in transformers: models were trained with its rounding.
         let angles = || (0..max_position).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
         let table = |function: fn(f64) -> f64| {
             let values: Vec<f32> = angles().map(|angle| function(f64::from(angle)) as f32).collect();
-            Tensor::from_slice(&values, max_position, frequencies.len())
+            context.upload(&Tensor::from_slice(&values, max_position, frequencies.len()))
         };
-        Self { cos: table(f64::cos), sin: table(f64::sin) }
+        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
 
     /// Pairs lie half a head apart in the checkpoints of all architectures here.
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn tables_hold_the_angle_of_each_position() {
         let spec = RotarySpec { dim: 4, theta: 100.0, scaling: RotaryScaling::Default };
-        let tables = RotaryTables::new(&spec, 3);
+        let tables = RotaryTables::new(&Context::cpu(1), &spec, 3).unwrap();
         assert_eq!((tables.cos.rows(), tables.cos.cols()), (3, 2));
         let expected = [1.0, 1.0, 1f32.cos(), 0.1f32.cos(), 2f32.cos(), 0.2f32.cos()];
         for (found, expected) in tables.cos.as_slice::<f32>().iter().zip(expected) {

@@ -1,9 +1,10 @@
 //! A step's schedule as the model's flat input: which rows there are, and which of them get logits.
 
-use proto::v1::ScheduledSequence;
+use proto::v1::{SampledToken, ScheduledSequence};
 
 use super::sequence::{Sequence, Sequences};
 use crate::decoder::ForwardInput;
+use crate::sampling::NotFinite;
 
 /// One step's batch. Its buffers are kept from step to step.
 #[derive(Debug, Default)]
@@ -11,10 +12,10 @@ pub(super) struct Batch {
     pub(super) input: ForwardInput,
     /// Sequences that are computed, in the order of the schedule.
     pub(super) entries: Vec<Entry>,
-    /// Rows of `input` whose logits are needed, ascending.
-    pub(super) logit_rows: Vec<u32>,
-    /// What each of `logit_rows` is for.
+    /// What each of the input's `logit_rows` is for.
     pub(super) uses: Vec<LogitUse>,
+    /// What came of each of them.
+    pub(super) results: Vec<Result<SampledToken, NotFinite>>,
     /// Sequences that had ended before and are not computed.
     pub(super) skipped: Vec<u64>,
 }
@@ -24,6 +25,8 @@ pub(super) struct Batch {
 pub(super) struct Entry {
     pub(super) sequence_id: u64,
     pub(super) num_tokens: usize,
+    /// Whether the next token is chosen.
+    pub(super) samples: bool,
 }
 
 /// What a row of logits is for.
@@ -41,7 +44,7 @@ impl Batch {
         self.clear();
         for scheduled in schedule {
             let sequence = &sequences[&scheduled.sequence_id];
-            if sequence.finished {
+            if sequence.has_ended() {
                 self.skipped.push(scheduled.sequence_id);
             } else {
                 self.push(scheduled, sequence, block_size);
@@ -51,7 +54,7 @@ impl Batch {
     }
 
     fn clear(&mut self) {
-        let Self { input, entries, logit_rows, uses, skipped } = self;
+        let Self { input, entries, uses, results, skipped } = self;
         input.token_ids.clear();
         input.positions.clear();
         input.slot_mapping.clear();
@@ -59,9 +62,13 @@ impl Batch {
         input.query_starts.push(0);
         input.kv_lens.clear();
         input.block_tables.clear();
+        input.logit_rows.clear();
+        input.sampling.rows.clear();
+        input.sampling.slots.clear();
+        input.sampling.biases.clear();
         entries.clear();
-        logit_rows.clear();
         uses.clear();
+        results.clear();
         skipped.clear();
     }
 
@@ -70,23 +77,52 @@ impl Batch {
         let end = start + num_tokens;
         let entry = self.entries.len();
         for position in start..end {
-            let row = self.input.token_ids.len() as u32;
             let block_id = sequence.block_ids[position / block_size] as usize;
-            self.input.token_ids.push(sequence.token_ids[position]);
+            self.input.token_ids.push(sequence.token_at(position));
             self.input.positions.push(position as u32);
             self.input.slot_mapping.push((block_id * block_size + position % block_size) as u32);
             let next = position + 1;
-            if next == sequence.token_ids.len() {
-                self.logit_rows.push(row);
-                self.uses.push(LogitUse::Sample { entry });
+            if next == sequence.len() {
+                self.push_use(LogitUse::Sample { entry }, sequence);
             } else if sequence.prompt_logprobs && next < sequence.prompt_len {
-                self.logit_rows.push(row);
-                self.uses.push(LogitUse::PromptToken { entry, position: next });
+                self.push_use(LogitUse::PromptToken { entry, position: next }, sequence);
             }
         }
         self.input.query_starts.push(self.input.token_ids.len() as u32);
         self.input.kv_lens.push(end as u32);
-        self.entries.push(Entry { sequence_id: scheduled.sequence_id, num_tokens });
+        let samples = end == sequence.len();
+        self.entries.push(Entry { sequence_id: scheduled.sequence_id, num_tokens, samples });
+    }
+
+    /// Of the row that was pushed last.
+    fn push_use(&mut self, logit_use: LogitUse, sequence: &Sequence) {
+        self.input.logit_rows.push(self.input.token_ids.len() as u32 - 1);
+        self.uses.push(logit_use);
+        if let Some(device) = &sequence.on_device {
+            match logit_use {
+                LogitUse::Sample { .. } => device.push_choice(sequence.len(), &mut self.input.sampling),
+                LogitUse::PromptToken { position, .. } => {
+                    device.push_known(sequence.token_ids[position], &mut self.input.sampling);
+                }
+            }
+        }
+    }
+
+    /// Whether each sequence has one row.
+    pub(super) fn is_decode_only(&self) -> bool {
+        self.input.token_ids.len() == self.entries.len()
+    }
+
+    /// Gives the block tables more columns.
+    pub(super) fn widen_block_tables(&mut self, max_blocks: usize) {
+        let old = self.input.max_blocks;
+        let rows = self.entries.len();
+        self.input.block_tables.resize(rows * max_blocks, 0);
+        for row in (1..rows).rev() {
+            self.input.block_tables.copy_within(row * old..(row + 1) * old, row * max_blocks);
+        }
+        // What lies behind a sequence's last block is not read, but is a block.
+        self.input.max_blocks = max_blocks;
     }
 
     fn fill_block_tables(&mut self, sequences: &Sequences) {
@@ -104,6 +140,7 @@ impl Batch {
 mod tests {
     use super::super::sequence::tests::new_sequence;
     use super::*;
+    use crate::decoder::SamplingInput;
 
     const BLOCK_SIZE: usize = 4;
 
@@ -145,13 +182,17 @@ mod tests {
                 kv_lens: vec![5, 5],
                 block_tables: vec![7, 2, 5, 0],
                 max_blocks: 2,
+                logit_rows: vec![0],
+                sampling: SamplingInput::default(),
             }
         );
         assert_eq!(
             batch.entries,
-            [Entry { sequence_id: 1, num_tokens: 1 }, Entry { sequence_id: 2, num_tokens: 3 }]
+            [
+                Entry { sequence_id: 1, num_tokens: 1, samples: true },
+                Entry { sequence_id: 2, num_tokens: 3, samples: false }
+            ]
         );
-        assert_eq!(batch.logit_rows, [0]);
         assert_eq!(batch.uses, [LogitUse::Sample { entry: 0 }]);
     }
 
@@ -161,7 +202,52 @@ mod tests {
             Sequences::from([(1, sequence(&[1], 0, &[6])), (2, sequence(&[1, 2, 3, 4, 5], 0, &[3, 4]))]);
         let batch = batch(&[scheduled(1, 1), scheduled(2, 5)], &sequences);
         assert_eq!(batch.input.block_tables, [6, 0, 3, 4]);
-        assert_eq!(batch.logit_rows, [0, 5]);
+        assert_eq!(batch.input.logit_rows, [0, 5]);
+    }
+
+    #[test]
+    fn widened_tables_keep_each_sequences_blocks() {
+        let sequences = Sequences::from([
+            (1, sequence(&[1, 2, 3, 4, 5], 4, &[6, 1])),
+            (2, sequence(&[1], 0, &[3])),
+            (3, sequence(&[1, 2, 3, 4, 5], 4, &[4, 5])),
+        ]);
+        let mut batch = batch(&[scheduled(1, 1), scheduled(2, 1), scheduled(3, 1)], &sequences);
+        assert!(batch.is_decode_only());
+        batch.widen_block_tables(5);
+        assert_eq!(batch.input.max_blocks, 5);
+        let row = |row: usize| &batch.input.block_tables[row * 5..][..2];
+        assert_eq!([row(0), row(1), row(2)], [[6, 1], [3, 0], [4, 5]]);
+        assert_eq!(batch.input.block_tables.len(), 15);
+    }
+
+    #[test]
+    fn padding_adds_rows_that_write_read_and_choose_nothing() {
+        let sequences = Sequences::from([(1, sequence(&[1, 2], 1, &[6]))]);
+        let mut batch = batch(&[scheduled(1, 1)], &sequences);
+        batch.widen_block_tables(2);
+        batch.input.pad(3);
+        let input = &batch.input;
+        assert_eq!((&input.token_ids[1..], &input.kv_lens[..]), (&[0, 0][..], &[2, 0, 0][..]));
+        assert_eq!(input.slot_mapping[1..], [u32::MAX; 2]);
+        assert_eq!(input.query_starts, [0, 1, 2, 3]);
+        assert_eq!((input.block_tables.len(), &input.logit_rows[..]), (6, &[0, 0, 0][..]));
+        assert_eq!(input.sampling.slots[1..], [u32::MAX; 2]);
+    }
+
+    #[test]
+    fn a_token_that_is_being_chosen_is_named_by_its_place_on_the_device() {
+        let mut running = sequence(&[1, 2], 2, &[6]);
+        let parameters = crate::sampling::neutral_parameters();
+        running.on_device = Some(super::super::device_sampling::DeviceSampling::new(9, &parameters, 0));
+        running.num_pending = 1;
+        let sequences = Sequences::from([(1, running)]);
+        let batch = batch(&[scheduled(1, 1)], &sequences);
+        assert_eq!(batch.input.token_ids, [kernels::ops::embedding::LAST_TOKEN_OF | 9]);
+        assert_eq!(batch.input.positions, [2]);
+        assert_eq!(batch.input.sampling.slots, [9]);
+        // The position of the token to choose: behind the one that is being chosen.
+        assert_eq!(batch.input.sampling.rows[7], 3);
     }
 
     #[test]
@@ -185,6 +271,6 @@ mod tests {
         let sequences = Sequences::from([(1, ended), (2, sequence(&[1], 0, &[1]))]);
         let batch = batch(&[scheduled(1, 1), scheduled(2, 1)], &sequences);
         assert_eq!(batch.skipped, [1]);
-        assert_eq!(batch.entries, [Entry { sequence_id: 2, num_tokens: 1 }]);
+        assert_eq!(batch.entries, [Entry { sequence_id: 2, num_tokens: 1, samples: true }]);
     }
 }

@@ -1,17 +1,26 @@
 //! Sequences and their steps. One thread owns model, KV cache and sequences; the service talks to it by commands.
 //!
 //! A step: [`validate`] refuses what breaks the contract before anything is changed, [`sequence`] keeps what the
-//! router sends only once, [`batch`] makes the flat input of the model, [`step`] runs it and chooses tokens.
+//! router sends only once, [`batch`] makes the flat input of the model, [`serving`] runs it on [`rank`] and answers, and
+//! [`chooser`] chooses tokens; on a GPU [`device`] does both. A step is launched, and later collected: on a GPU a step that
+//! has arrived is launched before the tokens of the one before are read, and decode steps are recorded ([`graphs`]).
 
 mod batch;
+mod chooser;
+mod device;
+mod device_sampling;
+mod graphs;
 mod memory;
+mod rank;
 mod sequence;
+mod serving;
 mod step;
 mod thread;
 mod validate;
+mod verdicts;
 mod warmup;
 
-pub use step::{Engine, Origin};
+pub use step::{Engine, EngineOptions, Origin};
 pub(crate) use thread::{Answer, EngineEvents, EngineGone, EngineHandle, spawn};
 
 /// Tokens in one KV block. Large enough that attention reads contiguous memory and tables stay short, small enough

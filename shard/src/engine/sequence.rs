@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use kernels::ops::embedding::LAST_TOKEN_OF;
 use proto::v1::{FinishReason, NewSequence, StoppingParameters};
 
+use super::device_sampling::DeviceSampling;
 use crate::sampling::Sampler;
 
 /// All sequences that were admitted and not released, by `sequence_id`.
@@ -11,11 +13,13 @@ pub(super) type Sequences = HashMap<u64, Sequence>;
 
 /// One sequence.
 pub(super) struct Sequence {
-    /// Prompt, then generated tokens.
+    /// Prompt, then generated tokens, as far as they were read.
     pub(super) token_ids: Vec<u32>,
+    /// Tokens behind `token_ids` that steps in flight choose.
+    pub(super) num_pending: usize,
     /// How many of `token_ids` are the prompt.
     pub(super) prompt_len: usize,
-    /// How many of `token_ids` have their keys and values in the blocks.
+    /// How many tokens have their keys and values in the blocks when the steps in flight are done.
     pub(super) computed_len: usize,
     /// In order of position.
     pub(super) block_ids: Vec<u32>,
@@ -24,6 +28,8 @@ pub(super) struct Sequence {
     pub(super) prompt_logprobs: bool,
     /// Whether it has ended; it is kept until it is released.
     pub(super) finished: bool,
+    /// How its tokens are chosen, where a device does that.
+    pub(super) on_device: Option<DeviceSampling>,
     stopping: StoppingParameters,
 }
 
@@ -35,19 +41,43 @@ impl Sequence {
         let sampling = new.sampling.expect("validated: sampling is set");
         Self {
             sampler: Sampler::new(&sampling, prompt, generated),
+            num_pending: 0,
             prompt_len,
             computed_len: new.computed_tokens as usize,
             block_ids: new.block_ids,
             top_n_tokens: new.top_n_tokens as usize,
             prompt_logprobs: new.prompt_logprobs,
             finished: false,
+            on_device: None,
             stopping: new.stopping.expect("validated: stopping is set"),
             token_ids: new.token_ids,
         }
     }
 
-    /// Appends a token that was chosen, and says whether the sequence ends with it.
+    /// Tokens of prompt and output, with those that steps in flight choose.
+    pub(super) fn len(&self) -> usize {
+        self.token_ids.len() + self.num_pending
+    }
+
+    /// The token at a position, or where the device finds it while a step in flight chooses it.
+    pub(super) fn token_at(&self, position: usize) -> u32 {
+        match (self.token_ids.get(position), &self.on_device) {
+            (Some(&token_id), _) => token_id,
+            (None, Some(device)) => LAST_TOKEN_OF | device.slot,
+            (None, None) => {
+                unreachable!("without a device no step is launched before the one before is collected")
+            }
+        }
+    }
+
+    /// Whether nothing more is to be computed: it has ended, or a step in flight chooses the last token it may have.
+    pub(super) fn has_ended(&self) -> bool {
+        self.finished || self.len() - self.prompt_len >= self.stopping.max_new_tokens as usize
+    }
+
+    /// Appends a token that a step has chosen, and says whether the sequence ends with it.
     pub(super) fn push(&mut self, token_id: u32, eos_token_ids: &[u32]) -> FinishReason {
+        self.num_pending = self.num_pending.saturating_sub(1);
         self.token_ids.push(token_id);
         self.sampler.push(token_id);
         let reason = if !self.stopping.ignore_eos && eos_token_ids.contains(&token_id) {

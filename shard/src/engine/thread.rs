@@ -1,5 +1,8 @@
 //! The one thread that the engine lives on, and how the service talks to it.
 
+use std::collections::VecDeque;
+use std::time::Duration;
+
 use proto::v1::{InfoResponse, StepRequest, StepResponse, WarmupRequest, WarmupResponse};
 use tokio::sync::{mpsc, oneshot};
 
@@ -83,16 +86,46 @@ impl EngineHandle {
     }
 }
 
+/// How long to look away where the device computes and no command has come: little beside a step, and not all of a core.
+const PAUSE: Duration = Duration::from_micros(20);
+
 /// Executes commands until all handles are dropped, or until the engine can no longer keep its promises.
+///
+/// A step that has come is launched as soon as the engine has room for it; answers are given in order.
 fn serve(mut engine: Engine, mut commands: mpsc::Receiver<Command>) -> anyhow::Result<()> {
-    while let Some(command) = commands.blocking_recv() {
+    let mut replies = VecDeque::new();
+    loop {
+        let command = match (replies.is_empty(), engine.has_room()) {
+            (true, _) => match commands.blocking_recv() {
+                Some(command) => Some(command),
+                None => return Ok(()),
+            },
+            (false, true) => commands.try_recv().ok(),
+            (false, false) => None,
+        };
         match command {
-            Command::Warmup(request, reply) => answer(reply, engine.warmup(&request))?,
-            Command::Step(request, origin, reply) => answer(reply, engine.step(request, origin))?,
-            Command::EndRun => engine.end_run(),
+            Some(Command::Step(request, origin, reply)) => match engine.launch(request, origin) {
+                Ok(()) => replies.push_back(reply),
+                Err(error) => answer(reply, Err(error))?,
+            },
+            Some(command) => {
+                while let Some(reply) = replies.pop_front() {
+                    answer(reply, engine.collect())?;
+                }
+                match command {
+                    Command::Warmup(request, reply) => answer(reply, engine.warmup(&request))?,
+                    Command::EndRun => engine.end_run(),
+                    Command::Step(..) => unreachable!("matched above"),
+                }
+            }
+            None if !engine.has_room() || engine.is_done()? => {
+                if let Some(reply) = replies.pop_front() {
+                    answer(reply, engine.collect())?;
+                }
+            }
+            None => std::thread::sleep(PAUSE),
         }
     }
-    Ok(())
 }
 
 /// Sends the outcome; a fatal error goes both to the caller and up.

@@ -22,6 +22,11 @@ pub(super) struct Limits {
     pub(super) max_step_tokens: usize,
     pub(super) max_step_sequences: usize,
     pub(super) max_total_tokens: usize,
+    /// Sequences that may be known at once.
+    pub(super) max_sequences: usize,
+    pub(super) max_top_n_tokens: usize,
+    /// Entries of one sequence.
+    pub(super) max_logit_biases: usize,
 }
 
 /// Checks steps. Its buffers are kept, so checking a steady decode step allocates nothing.
@@ -99,6 +104,15 @@ impl StepValidator {
         limits: &Limits,
     ) -> Result<(), Error> {
         self.admitted.clear();
+        let num_released = self.released.iter().filter(|id| sequences.contains_key(id)).count();
+        let num_known = sequences.len() - num_released + admit.len();
+        if num_known > limits.max_sequences {
+            let message = format!(
+                "makes {num_known} sequences known, but there is room for {}: release some",
+                limits.max_sequences
+            );
+            return Err(Error::invalid("admit", message));
+        }
         for (index, new) in admit.iter().enumerate() {
             let in_entry = |error: Error| within(&format!("admit[{index}]"), error);
             let id = new.sequence_id;
@@ -151,10 +165,10 @@ impl StepValidator {
 impl Place {
     fn of(sequence: &Sequence) -> Self {
         Self {
-            len: sequence.token_ids.len(),
+            len: sequence.len(),
             computed_len: sequence.computed_len,
             num_blocks: sequence.block_ids.len(),
-            finished: sequence.finished,
+            finished: sequence.has_ended(),
         }
     }
 
@@ -211,7 +225,7 @@ fn check_new_sequence(new: &NewSequence, limits: &Limits) -> Result<(), Error> {
     check_sampling(sampling, limits).map_err(|error| within("sampling", error))?;
     let stopping = new.stopping.ok_or_else(|| Error::invalid("stopping", "must be set"))?;
     check_stopping(stopping, new, limits).map_err(|error| within("stopping", error))?;
-    in_range("top_n_tokens", new.top_n_tokens as usize, 0..=limits.vocab_size)?;
+    in_range("top_n_tokens", new.top_n_tokens as usize, 0..=limits.max_top_n_tokens)?;
     if new.prompt_logprobs && new.computed_tokens > 0 {
         let message = "needs computed_tokens == 0: what is not computed here has no logits";
         return Err(Error::invalid("prompt_logprobs", message));
@@ -248,6 +262,7 @@ fn check_sampling(parameters: &SamplingParameters, limits: &Limits) -> Result<()
     positive_up_to("repetition_penalty", parameters.repetition_penalty, f32::MAX)?;
     finite_in("frequency_penalty", parameters.frequency_penalty, -2.0..=2.0, "0: off")?;
     finite_in("presence_penalty", parameters.presence_penalty, -2.0..=2.0, "0: off")?;
+    in_range("the number of logit_bias entries", parameters.logit_bias.len(), 0..=limits.max_logit_biases)?;
     for (index, entry) in parameters.logit_bias.iter().enumerate() {
         check_token(format!("logit_bias[{index}].token_id"), entry.token_id, limits)?;
         finite_in(&format!("logit_bias[{index}].bias"), entry.bias, -100.0..=100.0, "0: off")?;
@@ -320,17 +335,20 @@ fn within(path: &str, error: Error) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::sequence::tests::new_sequence;
     use super::*;
 
-    const LIMITS: Limits = Limits {
+    pub(in crate::engine) const LIMITS: Limits = Limits {
         vocab_size: 100,
         block_size: 4,
         num_blocks: 8,
         max_step_tokens: 16,
         max_step_sequences: 3,
         max_total_tokens: 24,
+        max_sequences: 5,
+        max_top_n_tokens: 100,
+        max_logit_biases: 4,
     };
 
     fn scheduled(sequence_id: u64, num_tokens: u32, append: &[u32]) -> ScheduledSequence {
@@ -447,6 +465,9 @@ mod tests {
         check("repetition_penalty must be", |p| p.repetition_penalty = f32::INFINITY);
         check("frequency_penalty must be within -2 ..= 2", |p| p.frequency_penalty = 2.1);
         check("presence_penalty must be", |p| p.presence_penalty = f32::NAN);
+        check("the number of logit_bias entries must be within 0 ..= 4 but is 5", |p| {
+            p.logit_bias = vec![proto::v1::LogitBias { token_id: 1, bias: 0.0 }; 5];
+        });
         check("logit_bias[0].token_id must be below 100", |p| {
             p.logit_bias.push(proto::v1::LogitBias { token_id: 100, bias: 0.0 });
         });
@@ -468,6 +489,17 @@ mod tests {
         assert!(
             verdict(&request, &known()).unwrap_err().starts_with("schedule[0].sequence_id 1 is not known")
         );
+    }
+
+    #[test]
+    fn more_sequences_than_there_is_room_for_are_refused_until_some_are_released() {
+        let known = || (10..14).map(|id| (id, Sequence::new(new_sequence(id, &[9])))).collect();
+        let admit = vec![new_sequence(1, &[1]), new_sequence(2, &[1])];
+        let request = StepRequest { admit, schedule: vec![], ..good() };
+        let message = verdict(&request, &known()).unwrap_err();
+        assert!(message.starts_with("admit makes 6 sequences known, but there is room for 5"), "{message}");
+        let request = StepRequest { release_sequence_ids: vec![12, 77], ..request };
+        assert_eq!(verdict(&request, &known()), Ok(()));
     }
 
     #[test]

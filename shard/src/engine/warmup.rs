@@ -1,5 +1,6 @@
 //! How many KV blocks there are.
 
+use kernels::MemoryUse;
 use proto::v1::WarmupRequest;
 
 use super::memory;
@@ -8,6 +9,11 @@ use crate::error::Error;
 /// Share of the available memory that KV caches of all ranks take where the router does not say how much it wants: most
 /// of a CPU's memory belongs to the page cache, which holds the weights, and to other programs.
 const DEFAULT_MEMORY_SHARE: f64 = 0.25;
+
+/// Of a GPU's memory that is left for what its driver and libraries take later.
+const RESERVED_BYTES: usize = 512 << 20;
+/// What a recorded step takes at most, of some hundred kernels.
+const GRAPH_BYTES: usize = 4 << 20;
 
 /// What the size of a KV cache follows from.
 #[derive(Debug, Clone, Copy)]
@@ -26,10 +32,34 @@ impl CacheNeeds {
     }
 
     fn num_blocks_in(&self, request: &WarmupRequest, available_bytes: Option<u64>) -> Result<usize, Error> {
-        let block_bytes = (self.block_size * self.bytes_per_token) as u64;
-        let blocks_per_sequence = u64::from(request.max_total_tokens).div_ceil(self.block_size as u64);
         // Where the system does not tell, nothing can be measured and only what is asked for is taken.
         let own_share = available_bytes.map(|bytes| bytes / self.world_size as u64);
+        self.num_blocks_of(request, own_share, DEFAULT_MEMORY_SHARE)
+    }
+
+    /// The same on a GPU, whose memory belongs to this rank alone. `memory`: beside weights and workspace.
+    pub(super) fn num_blocks_on_gpu(
+        &self,
+        request: &WarmupRequest,
+        memory: MemoryUse,
+        fraction: f64,
+        num_graphs: usize,
+    ) -> Result<usize, Error> {
+        let reserve =
+            RESERVED_BYTES.min(memory.free_bytes / 8) + num_graphs * GRAPH_BYTES.min(memory.free_bytes >> 10);
+        let bytes = (memory.free_bytes.saturating_sub(reserve) as f64 * fraction) as u64;
+        self.num_blocks_of(request, Some(bytes), 1.0)
+    }
+
+    /// `own_share`: bytes that this rank may take; `share`: how much of it where the router does not say what it wants.
+    fn num_blocks_of(
+        &self,
+        request: &WarmupRequest,
+        own_share: Option<u64>,
+        share: f64,
+    ) -> Result<usize, Error> {
+        let block_bytes = (self.block_size * self.bytes_per_token) as u64;
+        let blocks_per_sequence = u64::from(request.max_total_tokens).div_ceil(self.block_size as u64);
         let num_blocks = if let Some(tokens) = request.kv_cache_tokens {
             let wanted = tokens.div_ceil(self.block_size as u64);
             let fitting = own_share.map_or(u64::MAX, |bytes| bytes / block_bytes);
@@ -39,8 +69,7 @@ impl CacheNeeds {
             wanted
         } else {
             let useful = blocks_per_sequence * u64::from(request.max_step_sequences);
-            let fitting = own_share
-                .map_or(u64::MAX, |bytes| (bytes as f64 * DEFAULT_MEMORY_SHARE) as u64 / block_bytes);
+            let fitting = own_share.map_or(u64::MAX, |bytes| (bytes as f64 * share) as u64 / block_bytes);
             // Less than one sequence of `max_total_tokens` is for the router to judge: it may serve shorter ones.
             if fitting == 0 {
                 return Err(Error::OutOfMemory(format!(
@@ -103,6 +132,22 @@ mod tests {
     fn a_cache_smaller_than_one_full_sequence_is_given_and_left_to_the_router() {
         // A sequence of 100 tokens takes four blocks.
         assert_eq!(num_blocks(None, Some(2 * 4 * 3 * BLOCK_BYTES)), Ok(3));
+    }
+
+    #[test]
+    fn a_gpus_cache_takes_the_fraction_of_what_is_free_beside_a_reserve() {
+        let request = WarmupRequest {
+            max_step_tokens: 64,
+            max_step_sequences: 1 << 20,
+            max_total_tokens: 100,
+            kv_cache_tokens: None,
+        };
+        let memory = MemoryUse { free_bytes: 80 << 30, total_bytes: 96 << 30 };
+        let blocks = |fraction, graphs| NEEDS.num_blocks_on_gpu(&request, memory, fraction, graphs).unwrap();
+        let all = ((80 << 30) - (512 << 20)) / BLOCK_BYTES as usize;
+        assert_eq!(blocks(1.0, 0), all);
+        assert_eq!(blocks(0.5, 0), all / 2);
+        assert_eq!(blocks(1.0, 36), all - (36 * (4 << 20)) / BLOCK_BYTES as usize);
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub enum LoadError {
     /// The model cannot be dealt out to that many ranks.
     #[error(transparent)]
     Partition(#[from] PartitionError),
+    /// There are no kernels for the element type.
+    #[error(
+        "--kv-cache-dtype fp8_e4m3fn needs a GPU: the CPU keeps keys and values in float32, float16 or bfloat16"
+    )]
+    KvDtype,
     /// The weights' files are not what config.json says, or are damaged.
     #[error(transparent)]
     Weights(#[from] weights::Error),

@@ -13,12 +13,13 @@ mod qwen2;
 mod qwen3;
 
 use std::path::Path;
+use std::time::Instant;
 
-use kernels::{Context, DType};
+use kernels::{Context, DType, Place};
 
-use crate::config::{Dtype, Quantization};
+use crate::config::{Dtype, KvCacheDtype, Quantization};
 use crate::decoder::{Decoder, DecoderSpec, TensorNames};
-use crate::weights::{Partition, WeightTypes, Weights};
+use crate::weights::{self, Partition, WeightTypes, Weights};
 
 use config::ModelConfig;
 
@@ -80,8 +81,8 @@ pub struct Model {
 pub struct LoadOptions {
     /// Element type of weights that are not quantized; `None`: the checkpoint's.
     pub dtype: Option<Dtype>,
-    /// Element type of keys and values; `None`: bfloat16, but float32 where the weights' type is.
-    pub kv_cache_dtype: Option<Dtype>,
+    /// Element type of keys and values; `None`: the weights' on a GPU, on the CPU bfloat16, but float32 where the weights' is.
+    pub kv_cache_dtype: Option<KvCacheDtype>,
     /// Format of linear layers' weights; `None`: as they are stored.
     pub quantize: Option<Quantization>,
     /// Whose share of the weights.
@@ -103,7 +104,12 @@ pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result
     let dtype = dtype.map(element_type);
     let names = &architecture.tensor_names;
     let types = WeightTypes { dtype, quantization };
+    let started = Instant::now();
     let mut weights = Weights::open(context, model_dir, types, partition)?;
+    if context.place() == Place::Device {
+        // A GPU multiplies only what has one type.
+        weights.settle_dtype(&format!("{}.weight", names.embedding));
+    }
     let decoder = Decoder::load(spec, names, &mut weights)?;
     let (num_parameters, weight_bytes) = (weights.num_parameters(), weights.size_in_bytes());
     let tied_head = decoder.spec().tied_head.then(|| format!("{}.weight", names.head));
@@ -111,7 +117,18 @@ pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result
         tied_head.as_deref() == Some(name) || names.redundant.iter().any(|end| name.ends_with(end))
     })?;
     let dtype = dtype.unwrap_or_else(|| decoder.dtype());
-    let kv_dtype = kv_cache_dtype.map_or_else(|| default_kv_dtype(dtype), element_type);
+    let kv_dtype = match (kv_cache_dtype.map(kv_element_type), context.place()) {
+        (Some(DType::F8E4M3), Place::Host) => return Err(LoadError::KvDtype),
+        (Some(kv_dtype), _) => kv_dtype,
+        (None, Place::Host) => default_kv_dtype(dtype),
+        (None, Place::Device) => dtype,
+    };
+    if context.place() == Place::Device {
+        context.synchronize().map_err(weights::Error::from)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let gb = weight_bytes as f64 / 1e9;
+        tracing::info!(gb, seconds, gb_per_s = gb / seconds, "weights copied to the GPU");
+    }
     Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype })
 }
 
@@ -158,6 +175,15 @@ fn checked(spec: DecoderSpec) -> Result<DecoderSpec, ConfigError> {
         return Err(ConfigError::new("num_key_value_heads", message));
     }
     Ok(spec)
+}
+
+fn kv_element_type(dtype: KvCacheDtype) -> DType {
+    match dtype {
+        KvCacheDtype::Float32 => DType::F32,
+        KvCacheDtype::Float16 => DType::F16,
+        KvCacheDtype::Bfloat16 => DType::BF16,
+        KvCacheDtype::Fp8E4m3fn => DType::F8E4M3,
+    }
 }
 
 fn element_type(dtype: Dtype) -> DType {

@@ -35,7 +35,7 @@ fn take(
     };
     stored.release();
     weights.add_size(quantized.size_in_bytes());
-    Ok(Layout::Int8(quantized))
+    Ok(Layout::Int8(quantized.upload(weights.context())?))
 }
 
 /// The same weight in memory of its own: a share of the columns would keep all of them.

@@ -41,21 +41,23 @@ impl Layout {
     }
 }
 
-/// Takes the weight, `[outputs, inputs]`, of the linear layer `name` (`{name}.weight` where it is dense), or this rank's
-/// part of it.
+/// Takes the weights, `[outputs, inputs]` each, of linear layers with one input (`{name}.weight` where they are dense), or
+/// this rank's part of them.
 ///
 /// Whatever the slice, each element is the same number as in the whole weight: ranks compute with one model.
-pub(crate) fn take_linear(
-    weights: &mut Weights<'_>,
-    name: &str,
-    shape: [usize; 2],
+pub(crate) fn take_linears(
+    weights: &mut Weights,
+    layers: &[(&str, [usize; 2])],
     slice: Slice,
-) -> Result<Layout, Error> {
+) -> Result<Vec<Layout>, Error> {
     let Some(quantization) = weights.quantization() else {
-        return Ok(Layout::Dense(weights.take_matrix(&format!("{name}.weight"), shape, slice)?));
+        let matrices: Vec<_> =
+            layers.iter().map(|(name, shape)| (format!("{name}.weight"), *shape)).collect();
+        return Ok(weights.take_matrices(&matrices, slice)?.into_iter().map(Layout::Dense).collect());
     };
     let format = FORMATS.iter().find(|format| format.name == quantization);
-    (format.expect("a setting for each format, a format for each setting").take)(weights, name, shape, slice)
+    let take = format.expect("a setting for each format, a format for each setting").take;
+    layers.iter().map(|(name, shape)| take(weights, name, *shape, slice)).collect()
 }
 
 #[cfg(test)]

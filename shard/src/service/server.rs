@@ -1,11 +1,10 @@
 //! The server: all services on one socket, from the start of loading until the end.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use kernels::collective::{Local, SharedMemory};
-use kernels::{Communicator, Context};
+use kernels::collective::{Local, MeetingPlace, SharedMemory, join_gpus};
+use kernels::{Communicator, Context, Place};
 use proto::client::MAX_MESSAGE_BYTES;
 use proto::v1::InfoResponse;
 use proto::v1::shard_server::ShardServer;
@@ -19,8 +18,9 @@ use tonic_health::server::HealthReporter;
 
 use super::shard::ShardService;
 use super::socket::Socket;
-use crate::config::{Dtype, ShardConfig, ShardPlacement};
-use crate::engine::{Engine, EngineEvents, EngineHandle, spawn};
+use crate::config::{ShardConfig, ShardPlacement};
+use crate::device;
+use crate::engine::{Engine, EngineEvents, EngineHandle, EngineOptions, spawn};
 use crate::models::{self, LoadOptions};
 use crate::weights::Partition;
 
@@ -64,11 +64,11 @@ pub async fn serve(
 
 /// What clap cannot check.
 fn check(placement: &ShardPlacement) -> anyhow::Result<()> {
-    let ShardPlacement { rank, world_size, rendezvous, num_threads, .. } = placement;
+    let ShardPlacement { rank, world_size, rendezvous, master_addr, num_threads, .. } = placement;
     ensure!(rank < world_size, "--rank is {rank} but must be below --world-size, which is {world_size}");
     ensure!(
-        *world_size == 1 || rendezvous.is_some(),
-        "--world-size is {world_size}: give all ranks the same --rendezvous file to meet at"
+        *world_size == 1 || rendezvous.is_some() || master_addr.is_some(),
+        "--world-size is {world_size}: give all ranks the same --rendezvous file, or on GPUs --master-addr, to meet at"
     );
     ensure!(*num_threads != Some(0), "--num-threads is 0 but must be at least 1");
     Ok(())
@@ -78,10 +78,7 @@ fn check(placement: &ShardPlacement) -> anyhow::Result<()> {
 fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engine> {
     let ShardPlacement { model_dir, rank, world_size, .. } = placement;
     let num_threads = placement.num_threads.unwrap_or_else(|| default_threads(*world_size));
-    let context = match config.dtype {
-        Some(Dtype::Float32) => Context::cpu_with_f32_activations(num_threads),
-        _ => Context::cpu(num_threads),
-    };
+    let context = device::open(config, placement.local_rank.unwrap_or(*rank), num_threads)?;
     let options = LoadOptions {
         dtype: config.dtype,
         kv_cache_dtype: config.kv_cache_dtype,
@@ -89,17 +86,45 @@ fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engi
         partition: Partition { rank: *rank, world_size: *world_size },
     };
     let model = models::load(&context, model_dir, options)?;
-    let communicator: Box<dyn Communicator> = match &placement.rendezvous {
-        Some(path) if *world_size > 1 => Box::new(join(path, *rank, *world_size)?),
-        _ => Box::new(Local),
-    };
-    tracing::info!(rank, world_size, num_threads = context.num_threads(), "model loaded");
-    Ok(Engine::new(model, context, communicator))
+    let communicator = join(&context, placement)?;
+    tracing::info!(
+        rank,
+        world_size,
+        device = context.device_name(),
+        num_threads = context.num_threads(),
+        "model loaded"
+    );
+    let mut options =
+        EngineOptions { memory_fraction: config.cuda_memory_fraction, ..EngineOptions::default() };
+    if let Some(sizes) = &config.cuda_graphs {
+        options.graph_sizes.clone_from(sizes);
+    }
+    Ok(Engine::new(model, context, communicator).with_options(options))
 }
 
-fn join(path: &Path, rank: usize, world_size: usize) -> anyhow::Result<SharedMemory> {
-    SharedMemory::join(path, rank, world_size, PEER_TIMEOUT)
-        .with_context(|| format!("joining {world_size} ranks at {}", path.display()))
+/// Meets the other ranks: those of one host in a file, those of several at the first one's address.
+fn join(context: &Context, placement: &ShardPlacement) -> anyhow::Result<Box<dyn Communicator>> {
+    let ShardPlacement { rank, world_size, rendezvous, master_addr, master_port, .. } = placement;
+    if *world_size == 1 {
+        return Ok(Box::new(Local));
+    }
+    let place = match (rendezvous, master_addr) {
+        (Some(path), _) => MeetingPlace::File(path.clone()),
+        (None, Some(host)) => MeetingPlace::Address { host: host.clone(), port: *master_port },
+        (None, None) => {
+            bail!("--world-size is {world_size}: give all ranks the same --rendezvous file to meet at")
+        }
+    };
+    match (context.place(), rendezvous) {
+        (Place::Device, _) => join_gpus(context, &place, *rank, *world_size, PEER_TIMEOUT)
+            .with_context(|| format!("joining {world_size} GPUs at {place:?}")),
+        (Place::Host, Some(path)) => SharedMemory::join(path, *rank, *world_size, PEER_TIMEOUT)
+            .map(|group| Box::new(group) as _)
+            .with_context(|| format!("joining {world_size} ranks at {}", path.display())),
+        (Place::Host, None) => {
+            bail!("--master-addr is for GPUs: CPUs of one host meet in a --rendezvous file")
+        }
+    }
 }
 
 fn default_threads(world_size: usize) -> usize {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use kernels::mmap::MappedFile;
-use kernels::{Context, DType, Tensor};
+use kernels::{Context, DType, Place, Tensor};
 
 use super::safetensors::{self, StoredTensor};
 use super::{Error, Partition, Slice};
@@ -32,7 +32,7 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Maps the files in `dir` and reads their headers. `context`: what quantizes.
+    /// Maps the files in `dir` and reads their headers. `context`: what computes with them, and quantizes.
     ///
     /// With a `dtype`, tensors whose stored type it does not represent exactly are converted when they are taken; the
     /// others, and all without it, are used as they lie in the file.
@@ -64,6 +64,12 @@ impl<'a> Weights<'a> {
         self.types.quantization
     }
 
+    /// Where no type was asked for: that in which the tensor `name` is stored.
+    pub(crate) fn settle_dtype(&mut self, name: &str) {
+        let stored = self.tensors.get(name).and_then(StoredTensor::dtype);
+        self.types.dtype = self.types.dtype.or(stored);
+    }
+
     /// Whose slices these are.
     pub fn partition(&self) -> Partition {
         self.partition
@@ -80,12 +86,47 @@ impl<'a> Weights<'a> {
     }
 
     /// The matrix `name`, `[rows, cols]` in the file, or this rank's part of it.
-    pub fn take_matrix(
+    pub fn take_matrix(&mut self, name: &str, shape: [usize; 2], slice: Slice) -> Result<Tensor, Error> {
+        let (tensor, stored) = self.take_host_matrix(name, shape, slice)?;
+        self.place(tensor, &stored)
+    }
+
+    /// As [`Weights::take_matrix`], of matrices that are multiplied with one input: on a GPU they lie one below the
+    /// other, so that they are one product.
+    pub fn take_matrices(
+        &mut self,
+        matrices: &[(String, [usize; 2])],
+        slice: Slice,
+    ) -> Result<Vec<Tensor>, Error> {
+        let mut taken = Vec::with_capacity(matrices.len());
+        for (name, shape) in matrices {
+            taken.push(self.take_host_matrix(name, *shape, slice)?);
+        }
+        let is_one_type = taken.windows(2).all(|pair| pair[0].0.dtype() == pair[1].0.dtype());
+        if self.context.place() == Place::Host || !is_one_type {
+            return taken.into_iter().map(|(tensor, stored)| self.place(tensor, &stored)).collect();
+        }
+        let host: Vec<_> = taken.iter().map(|(tensor, _)| tensor).collect();
+        let stacked = self.context.upload_stacked(&host)?;
+        let mut start = 0;
+        Ok(taken
+            .iter()
+            .map(|(tensor, stored)| {
+                stored.release();
+                let part = stacked.narrow_rows(start, tensor.rows());
+                start += tensor.rows();
+                part
+            })
+            .collect())
+    }
+
+    /// In the element type that is wanted, in host memory.
+    fn take_host_matrix(
         &mut self,
         name: &str,
         [rows, cols]: [usize; 2],
         slice: Slice,
-    ) -> Result<Tensor, Error> {
+    ) -> Result<(Tensor, StoredTensor), Error> {
         let stored = self.take(name, &[rows, cols])?;
         let whole = stored.matrix(name, rows, cols)?;
         let tensor = match slice {
@@ -100,11 +141,11 @@ impl<'a> Weights<'a> {
             }
         };
         let tensor = match self.types.dtype {
-            Some(dtype) if !represents(dtype, tensor.dtype()) => convert(name, &tensor, dtype)?,
+            Some(dtype) if !represents(dtype, tensor.dtype(), self.context) => convert(name, &tensor, dtype)?,
             _ => tensor,
         };
         self.size_in_bytes += tensor.size_in_bytes() as u64;
-        Ok(tensor)
+        Ok((tensor, stored))
     }
 
     /// The whole matrix `name`, `[rows, cols]`, as it is stored, for a format to make its weight of. The format adds the
@@ -133,7 +174,7 @@ impl<'a> Weights<'a> {
         };
         let tensor = stored.matrix(name, 1, len)?.narrow_cols(part.start, part.len()).to_dtype(DType::F32)?;
         self.size_in_bytes += tensor.size_in_bytes() as u64;
-        Ok(tensor)
+        self.place(tensor, &stored)
     }
 
     /// Refuses tensors that were not taken, except those for which `is_redundant` holds: a model that ignores a bias
@@ -146,6 +187,15 @@ impl<'a> Weights<'a> {
                 Err(Error::Unused { dir: self.dir, num_tensors: unused.len(), example: example.clone() })
             }
         }
+    }
+
+    /// The tensor where operations expect it. Where that is not where it is stored, the stored pages are not read again.
+    fn place(&self, tensor: Tensor, stored: &StoredTensor) -> Result<Tensor, Error> {
+        let placed = self.context.upload(&tensor)?;
+        if placed.place() == Place::Device {
+            stored.release();
+        }
+        Ok(placed)
     }
 
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<StoredTensor, Error> {
@@ -180,8 +230,7 @@ pub(crate) struct StoredMatrix {
 impl StoredMatrix {
     /// Tells the system that its pages are not read again, so that they do not count as this process's memory.
     pub(crate) fn release(self) {
-        let start = self.stored.offset;
-        self.stored.file.release(start..start + self.matrix.size_in_bytes());
+        self.stored.release();
     }
 
     /// What is wrong with its values.
@@ -191,6 +240,13 @@ impl StoredMatrix {
 }
 
 impl StoredTensor {
+    /// Tells the system that its pages are not read again.
+    fn release(&self) {
+        let size =
+            self.shape.iter().product::<usize>() * self.dtype().map_or(0, |dtype| dtype.size_in_bytes());
+        self.file.release(self.offset..self.offset + size);
+    }
+
     /// The stored elements as a matrix, in place where the file keeps them aligned. `[rows, cols]` are those of the header,
     /// so the bytes lie in the file.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, Error> {
@@ -206,9 +262,10 @@ impl StoredTensor {
     }
 }
 
-/// Whether every value of `stored` is a value of `asked`.
-fn represents(asked: DType, stored: DType) -> bool {
-    asked == stored || asked == DType::F32
+/// Whether a tensor is used as it is stored: every value of `stored` is a value of `asked`, and the device multiplies
+/// both (a GPU computes in the type of the weights).
+fn represents(asked: DType, stored: DType, context: &Context) -> bool {
+    asked == stored || (asked == DType::F32 && context.place() == Place::Host)
 }
 
 fn convert(name: &str, tensor: &Tensor, dtype: DType) -> Result<Tensor, Error> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::rank::{Rank, assert_close, golden, golden_dir, load, of_rank};
 use kernels::DType;
 use serde_json::{Value, json};
-use shard::Dtype;
+use shard::{Dtype, KvCacheDtype};
 use shard::models::{LoadError, LoadOptions};
 use tempfile::TempDir;
 
@@ -201,7 +201,7 @@ fn weights_stay_mapped_unless_the_type_asked_for_cannot_hold_them() {
 #[test]
 fn keys_and_values_are_bf16_unless_weights_are_f32_or_another_type_is_asked_for() {
     #[track_caller]
-    fn check(name: &str, dtype: Option<Dtype>, kv_cache_dtype: Option<Dtype>, expected: DType) {
+    fn check(name: &str, dtype: Option<Dtype>, kv_cache_dtype: Option<KvCacheDtype>, expected: DType) {
         let options = LoadOptions { kv_cache_dtype, ..as_type(dtype) };
         assert_eq!(load(&golden_dir(name), options).unwrap().kv_dtype, expected, "{name}");
     }
@@ -210,8 +210,15 @@ fn keys_and_values_are_bf16_unless_weights_are_f32_or_another_type_is_asked_for(
     check("llama_bf16", None, None, DType::BF16);
     check("llama_bf16", Some(Dtype::Float32), None, DType::F32);
     check("llama_f16", None, None, DType::BF16);
-    check("llama_f16", None, Some(Dtype::Float16), DType::F16);
-    check("llama", None, Some(Dtype::Bfloat16), DType::BF16);
+    check("llama_f16", None, Some(KvCacheDtype::Float16), DType::F16);
+    check("llama", None, Some(KvCacheDtype::Bfloat16), DType::BF16);
+}
+
+#[test]
+fn keys_and_values_of_8_bits_are_refused_on_the_cpu() {
+    let options = LoadOptions { kv_cache_dtype: Some(KvCacheDtype::Fp8E4m3fn), ..as_type(None) };
+    let message = load(&golden_dir("llama"), options).err().expect("refused").to_string();
+    assert!(message.contains("fp8_e4m3fn needs a GPU"), "{message}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use kernels::collective::Local;
-use kernels::{Communicator, Context};
+use kernels::{Communicator, Context, KvLayer, Place, Staging};
 use shard::decoder::{ForwardInput, KvCache, StepLimits};
 use shard::models::{self, LoadError, LoadOptions, Model};
 use shard::weights::Partition;
@@ -22,11 +22,16 @@ pub(crate) const GOLDENS: &[&str] = &[
     "qwen3",
 ];
 
-/// Small, so that sequences end within blocks and cross many borders.
-const BLOCK_SIZE: usize = 4;
-const MAX_BLOCKS: usize = 24;
 const MAX_SEQUENCES: usize = 2;
-const MAX_POSITION: usize = BLOCK_SIZE * MAX_BLOCKS;
+const MAX_POSITION: usize = 96;
+
+/// Small on the CPU, so that sequences end within blocks and cross many borders.
+fn block_size(context: &Context) -> usize {
+    match context.place() {
+        Place::Host => 4,
+        Place::Device => KvLayer::DEVICE_BLOCK_SIZE,
+    }
+}
 
 pub(crate) fn golden_dir(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name)
@@ -90,6 +95,7 @@ pub(crate) struct Rank {
     context: Context,
     communicator: Box<dyn Communicator>,
     cache: KvCache,
+    staging: Staging,
 }
 
 impl Rank {
@@ -102,15 +108,26 @@ impl Rank {
         Self::new(load(dir, options).unwrap(), Box::new(Local))
     }
 
-    pub(crate) fn new(mut model: Model, communicator: Box<dyn Communicator>) -> Self {
+    pub(crate) fn new(model: Model, communicator: Box<dyn Communicator>) -> Self {
+        Self::on(context(), model, communicator)
+    }
+
+    /// On a device; the model has been loaded for it.
+    pub(crate) fn on(context: Context, mut model: Model, communicator: Box<dyn Communicator>) -> Self {
         let max_step_tokens = MAX_SEQUENCES * MAX_POSITION;
-        model.decoder.prepare(StepLimits {
+        let limits = StepLimits {
             max_step_tokens,
+            max_step_sequences: MAX_SEQUENCES,
             max_logit_rows: max_step_tokens,
             max_position: MAX_POSITION,
-        });
-        let cache = KvCache::new(&model.decoder, MAX_SEQUENCES * MAX_BLOCKS, BLOCK_SIZE, kernels::DType::F32);
-        Self { model, context: context(), communicator, cache }
+            block_size: block_size(&context),
+        };
+        model.decoder.prepare(&context, limits).unwrap();
+        let (num_blocks, block_size) = (MAX_SEQUENCES * limits.max_blocks(), limits.block_size);
+        let cache =
+            KvCache::new(&context, &model.decoder, num_blocks, block_size, kernels::DType::F32).unwrap();
+        let staging = ForwardInput::staging(&context, &limits).unwrap();
+        Self { model, context, communicator, cache, staging }
     }
 
     /// Computes as a server does that was not told a type: with products of bf16 where the CPU has them.
@@ -121,12 +138,14 @@ impl Rank {
 
     /// Computes one step; the logits of all its rows.
     pub(crate) fn step(&mut self, chunks: &[Chunk<'_>]) -> Vec<Vec<f32>> {
-        let input = flat_batch(chunks);
+        let input = flat_batch(chunks, self.cache.block_size());
         let decoder = &mut self.model.decoder;
-        decoder.forward(&self.context, &mut *self.communicator, &input, &mut self.cache).unwrap();
-        let rows: Vec<u32> = (0..input.token_ids.len() as u32).collect();
-        let logits = decoder.logits(&self.context, &mut *self.communicator, &rows).unwrap();
-        (0..rows.len()).map(|row| logits.row::<f32>(row).to_vec()).collect()
+        let step = input.send(&self.context, &mut self.staging).unwrap();
+        decoder.forward(&self.context, &mut *self.communicator, &step, &mut self.cache).unwrap();
+        let logits = decoder.logits(&self.context, &mut *self.communicator, step.logit_rows).unwrap();
+        let mut values = vec![0.0; logits.rows() * logits.cols()];
+        self.context.download(logits, &mut values).unwrap();
+        values.chunks(logits.cols()).map(<[f32]>::to_vec).collect()
     }
 
     /// The logits of a whole prompt in one step.
@@ -147,24 +166,24 @@ impl Rank {
     }
 }
 
-/// Blocks of the sequences lie between each other and backwards, as after some time of service.
-fn block_id(sequence: usize, index: usize) -> u32 {
-    (MAX_SEQUENCES * (MAX_BLOCKS - 1 - index) + sequence) as u32
-}
-
-fn flat_batch(chunks: &[Chunk<'_>]) -> ForwardInput {
-    let mut input = ForwardInput { query_starts: vec![0], max_blocks: MAX_BLOCKS, ..ForwardInput::default() };
+fn flat_batch(chunks: &[Chunk<'_>], block_size: usize) -> ForwardInput {
+    let max_blocks = MAX_POSITION / block_size;
+    // Blocks of the sequences lie between each other and backwards, as after some time of service.
+    let block_id =
+        |sequence: usize, index: usize| (MAX_SEQUENCES * (max_blocks - 1 - index) + sequence) as u32;
+    let mut input = ForwardInput { query_starts: vec![0], max_blocks, ..ForwardInput::default() };
     for &Chunk { sequence, start, token_ids } in chunks {
         let positions = start..start + token_ids.len();
         input.token_ids.extend(token_ids);
         input.positions.extend(positions.clone().map(|position| position as u32));
         input.slot_mapping.extend(positions.clone().map(|position| {
-            block_id(sequence, position / BLOCK_SIZE) * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+            block_id(sequence, position / block_size) * block_size as u32 + (position % block_size) as u32
         }));
         input.query_starts.push(input.token_ids.len() as u32);
         input.kv_lens.push(positions.end as u32);
-        input.block_tables.extend((0..MAX_BLOCKS).map(|index| block_id(sequence, index)));
+        input.block_tables.extend((0..max_blocks).map(|index| block_id(sequence, index)));
     }
+    input.logit_rows = (0..input.token_ids.len() as u32).collect();
     input
 }
 

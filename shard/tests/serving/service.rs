@@ -37,6 +37,9 @@ fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
         rank,
         world_size,
         rendezvous: (world_size > 1).then(|| dir.join("ranks")),
+        master_addr: None,
+        master_port: 0,
+        local_rank: None,
         num_threads: Some(1),
         json_output: false,
         log_level: "info".to_owned(),
@@ -46,10 +49,9 @@ fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
 
 fn start(placement: ShardPlacement) -> (oneshot::Sender<()>, JoinHandle<anyhow::Result<()>>) {
     let (stop, stopped) = oneshot::channel();
-    let serve =
-        service::serve(ShardConfig { dtype: None, kv_cache_dtype: None, quantize: None }, placement, async {
-            let _ = stopped.await;
-        });
+    let serve = service::serve(ShardConfig::default(), placement, async {
+        let _ = stopped.await;
+    });
     (stop, tokio::spawn(serve))
 }
 

@@ -1,0 +1,254 @@
+//! Steps on a GPU: from token ids to chosen tokens in one queue of work, which the host does not wait for. Tokens that the
+//! next step needs stay on the device.
+
+use kernels::ops::embedding::resolve_ids;
+use kernels::ops::sampling::{
+    MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
+    commit_tokens, sample,
+};
+use kernels::{Communicator, Context, DType, Readback, Result, Staging, Tensor};
+use proto::v1::{NewSequence, SampledToken, TokenLogprob};
+
+use super::device_sampling::DeviceSampling;
+use super::graphs::{Graphs, Shape};
+use super::validate::Limits;
+use crate::decoder::{Decoder, ForwardInput, KvCache, MAX_LOGIT_BIASES, StepInput};
+use crate::sampling::NotFinite;
+
+/// Steps that may be in flight: while one is computed, the next is queued.
+pub(super) const MAX_IN_FLIGHT: usize = 2;
+
+/// Sequences that may be known beyond those of a step: they have ended, and are not released yet.
+const SPARE_SLOTS: usize = 32;
+
+/// What a device keeps between steps.
+pub(super) struct DeviceState {
+    steps: Steps,
+    pub(super) graphs: Graphs,
+    /// For tokens of new sequences.
+    staging: Staging,
+    free_slots: Vec<u32>,
+    readbacks: Vec<Readback>,
+}
+
+/// What is computed with.
+pub(super) struct Parts<'a> {
+    pub(super) context: &'a Context,
+    pub(super) decoder: &'a mut Decoder,
+    pub(super) communicator: &'a mut dyn Communicator,
+    pub(super) cache: &'a mut KvCache,
+}
+
+/// How a step is queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Of decode rows, padded to the shape: as it was recorded.
+    Recorded(Shape),
+    /// Of decode rows: nothing is allocated.
+    Decode,
+    /// With longer chunks.
+    Mixed,
+}
+
+/// The memory of a step beside that of the model.
+struct Steps {
+    sampling: SamplingBuffers,
+    counts: TokenCounts,
+    /// u32 `[1, slots]`.
+    last_tokens: Tensor,
+    /// u32 `[1, max_step_tokens]`: a step's ids with those of the last tokens.
+    ids: Tensor,
+    /// u32 `[max_step_tokens, Sampled::WORDS]`.
+    sampled: Tensor,
+    max_logit_rows: usize,
+}
+
+/// What a device limits beside [`Limits`]' other fields.
+pub(super) fn device_limits(limits: Limits) -> Limits {
+    Limits {
+        max_sequences: limits.max_step_sequences + SPARE_SLOTS,
+        max_top_n_tokens: limits.vocab_size.min(MAX_TOP_N),
+        max_logit_biases: MAX_LOGIT_BIASES,
+        ..limits
+    }
+}
+
+impl DeviceState {
+    pub(super) fn new(context: &Context, limits: &Limits, graphs: Graphs) -> Result<Self> {
+        let (rows, slots) = (limits.max_step_tokens, limits.max_sequences);
+        let words = rows * Sampled::WORDS;
+        let steps = Steps {
+            sampling: SamplingBuffers::new(context, limits.max_logit_rows(), limits.vocab_size)?,
+            counts: TokenCounts::new(context, slots, limits.vocab_size)?,
+            last_tokens: context.zeros(1, slots, DType::U32)?,
+            ids: context.zeros(1, rows, DType::U32)?,
+            sampled: context.zeros(rows, Sampled::WORDS, DType::U32)?,
+            max_logit_rows: limits.max_logit_rows(),
+        };
+        Ok(Self {
+            steps,
+            graphs,
+            staging: Staging::new(context, &[limits.max_total_tokens, limits.max_total_tokens])?,
+            free_slots: (0..slots as u32).rev().collect(),
+            readbacks: (0..MAX_IN_FLIGHT).map(|_| Readback::new(context, words)).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Bytes of device memory, without graphs.
+    pub(super) fn size_in_bytes(&self) -> usize {
+        let Steps { sampling, counts, last_tokens, ids, sampled, .. } = &self.steps;
+        let tensors = [last_tokens, ids, sampled].map(Tensor::size_in_bytes);
+        tensors.iter().sum::<usize>() + sampling.size_in_bytes() + counts.size_in_bytes()
+    }
+
+    /// Gives a new sequence its place on the device.
+    pub(super) fn admit(&mut self, context: &Context, new: &NewSequence) -> Result<DeviceSampling> {
+        let slot = self.free_slots.pop().expect("validated: not more sequences than slots");
+        let parameters = new.sampling.as_ref().expect("validated: sampling is set");
+        let sequence = DeviceSampling::new(slot, parameters, new.top_n_tokens);
+        sequence.count_tokens(context, &mut self.staging, &mut self.steps.counts, new)?;
+        Ok(sequence)
+    }
+
+    /// Takes the place back. Steps in flight may still write there: whoever gets it next comes behind them.
+    pub(super) fn release(&mut self, slot: u32) {
+        self.free_slots.push(slot);
+    }
+
+    /// Queues a step, and asks for what comes of the first `num_results` rows of logits. All ranks make the same call.
+    pub(super) fn launch(
+        &mut self,
+        parts: &mut Parts<'_>,
+        input: &ForwardInput,
+        staging: &mut Staging,
+        form: Form,
+        num_results: usize,
+    ) -> Result<Readback> {
+        let context = parts.context;
+        let mut step = input.send(context, staging)?;
+        match form {
+            Form::Recorded(shape) => {
+                step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
+                self.launch_recorded(parts, &step, shape)?;
+            }
+            Form::Decode => {
+                let _frozen = context.freeze();
+                self.steps.queue(parts, &step)?;
+            }
+            Form::Mixed => self.steps.queue(parts, &step)?,
+        }
+        let mut readback = self.readbacks.pop().expect("one for each step in flight");
+        let sampled = self.steps.sampled.view().narrow_rows(0, num_results);
+        readback.start(context, sampled.reshape(1, num_results * Sampled::WORDS))?;
+        Ok(readback)
+    }
+
+    fn launch_recorded(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>, shape: Shape) -> Result<()> {
+        let (context, steps) = (parts.context, &mut self.steps);
+        let record = || context.capture(|| steps.queue(parts, step));
+        if let Some(graph) = self.graphs.get(shape, record) {
+            return graph.launch();
+        }
+        self.steps.queue(parts, step)
+    }
+
+    /// Waits for what a step has chosen, and appends it to `results`.
+    pub(super) fn collect(
+        &mut self,
+        mut readback: Readback,
+        results: &mut Vec<Result<SampledToken, NotFinite>>,
+    ) -> Result<()> {
+        let rows = readback.wait()?.chunks_exact(Sampled::WORDS);
+        results.extend(rows.map(|words| result(&Sampled::from_words(words))));
+        self.readbacks.push(readback);
+        Ok(())
+    }
+
+    /// Does not wait for what a step has chosen.
+    pub(super) fn discard(&mut self, readback: Readback) {
+        self.readbacks.push(readback);
+    }
+
+    /// Forgets all sequences.
+    pub(super) fn clear(&mut self) {
+        self.free_slots = (0..self.steps.last_tokens.cols() as u32).rev().collect();
+    }
+}
+
+impl Steps {
+    /// Queues all of a step.
+    fn queue(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>) -> Result<()> {
+        let Parts { context, decoder, communicator, cache } = parts;
+        let mut ids = self.ids.view_mut().narrow_cols(0, step.token_ids.cols());
+        resolve_ids(context, step.token_ids, self.last_tokens.view(), ids.reborrow())?;
+        let resolved = step.with_token_ids(ids.as_view());
+        decoder.forward(context, &mut **communicator, &resolved, cache)?;
+
+        let num_rows = step.logit_rows.cols();
+        if num_rows == 0 {
+            return Ok(());
+        }
+        let rows = step.sampling_rows.reshape(num_rows, SamplingRow::WORDS);
+        for first in (0..num_rows).step_by(self.max_logit_rows) {
+            let len = self.max_logit_rows.min(num_rows - first);
+            let logit_rows = step.logit_rows.narrow_cols(first, len);
+            let logits = decoder.logits(context, &mut **communicator, logit_rows)?;
+            let rows = rows.narrow_rows(first, len);
+            let input = SamplingInput { logits, rows, biases: step.biases, masks: None };
+            let out = self.sampled.view_mut().narrow_rows(first, len);
+            sample(context, &mut self.sampling, &input, Some(&self.counts), out)?;
+        }
+        let tokens = self.sampled.view().narrow_rows(0, num_rows);
+        let (slots, last_tokens) = (step.sampling_slots, self.last_tokens.view_mut());
+        let vocab_size = decoder.spec().vocab_size;
+        commit_tokens(context, tokens, slots, last_tokens, Some(&mut self.counts), vocab_size)
+    }
+}
+
+fn result(sampled: &Sampled) -> Result<SampledToken, NotFinite> {
+    if sampled.status != SampledStatus::Chosen || sampled.token_id == NONE {
+        return Err(NotFinite);
+    }
+    let top = sampled.top.iter().map(|&(token_id, logprob)| TokenLogprob { token_id, logprob });
+    Ok(SampledToken { token_id: sampled.token_id, logprob: sampled.logprob, top: top.collect() })
+}
+
+/// A step that is as large as the limits allow, which writes nothing: by it all memory is found that steps need.
+pub(super) fn largest_prefill(limits: &Limits) -> ForwardInput {
+    let rows_each = limits.max_step_tokens.min(limits.max_total_tokens);
+    let num_rows = limits.max_step_tokens.min(rows_each * limits.max_step_sequences);
+    largest(limits, num_rows, rows_each)
+}
+
+/// The same of decode rows.
+pub(super) fn largest_decode(limits: &Limits) -> ForwardInput {
+    largest(limits, limits.max_logit_rows(), 1)
+}
+
+fn largest(limits: &Limits, num_rows: usize, rows_each: usize) -> ForwardInput {
+    let max_blocks = limits.max_total_tokens.div_ceil(limits.block_size);
+    let mut input = ForwardInput { query_starts: vec![0], max_blocks, ..ForwardInput::default() };
+    while input.token_ids.len() < num_rows {
+        let rows = rows_each.min(num_rows - input.token_ids.len());
+        let start = limits.max_total_tokens - rows;
+        input.positions.extend((start..start + rows).map(|position| position as u32));
+        input.token_ids.resize(input.positions.len(), 0);
+        input.slot_mapping.resize(input.positions.len(), u32::MAX);
+        input.query_starts.push(input.positions.len() as u32);
+        input.kv_lens.push(limits.max_total_tokens as u32);
+        input.block_tables.resize(input.kv_lens.len() * max_blocks, 0);
+    }
+    let row = SamplingRow {
+        top_k: 50,
+        top_p: 0.9,
+        typical_p: 0.9,
+        top_n: limits.max_top_n_tokens as u32,
+        ..SamplingRow::default()
+    };
+    for row_index in 0..num_rows.min(limits.max_logit_rows()) {
+        input.logit_rows.push(row_index as u32);
+        input.sampling.rows.extend_from_slice(&row.to_words());
+        input.sampling.slots.push(NONE);
+    }
+    input
+}
