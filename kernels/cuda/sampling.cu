@@ -190,6 +190,7 @@ struct Shared {
 };
 
 __device__ __forceinline__ void add_weight(Shared& shared, unsigned bin, u64 weight) {
+  if (weight == 0) return;
   const uint32_t low = static_cast<uint32_t>(weight);
   const uint32_t old = atomicAdd(&shared.low[bin], low);
   const uint32_t high = static_cast<uint32_t>(weight >> 32) + (old + low < old ? 1 : 0);
@@ -352,7 +353,8 @@ __device__ Reached reach(Shared& shared, const Order& order, Target target) {
     const auto count = [&](uint32_t key, uint32_t id) {
       if (level > 0 && key >> SHIFTS[level - 1] != prefix) return;
       const unsigned bin = (key >> shift) % num_bins;
-      atomicAdd(&shared.counts[bin], 1u);
+      // Of weights, the number of ties is all that counts are for.
+      if (SUM == Sum::Counts || level == 2) atomicAdd(&shared.counts[bin], 1u);
       if (SUM == Sum::Weights) add_weight(shared, bin, order.weight(key, id));
     };
     if (gathered) {
@@ -366,13 +368,14 @@ __device__ Reached reach(Shared& shared, const Order& order, Target target) {
         find_bin<SUM>(shared, num_bins, [&](u64 total) { return level > 0 ? still : max(target(total), u64(1)); }, left);
     if (!found) return Reached{false, 0, 0, 0};
     prefix = prefix * num_bins + shared.bin;
-    if (level == 0 && shared.ties <= MAX_GATHERED) {
-      gathered = true;
+    const bool gathers = level == 0 && (SUM == Sum::Weights || shared.ties <= MAX_GATHERED);
+    if (gathers) {
       if (threadIdx.x == 0) shared.num_gathered = 0;
       __syncthreads();
       order.each((prefix << shift) + ((1u << shift) - 1), [&](uint32_t key, uint32_t id) {
         if (key >> shift != prefix) return;
         const unsigned place = atomicAdd(&shared.num_gathered, 1u);
+        if (place >= MAX_GATHERED) return;
         shared.keys[place] = key;
         shared.ids[place] = id;
       });
@@ -380,6 +383,7 @@ __device__ Reached reach(Shared& shared, const Order& order, Target target) {
     // Before the histogram is cleared, all have read `bin`, `ties` and `before`.
     const unsigned ties = shared.ties;
     __syncthreads();
+    if (gathers) gathered = shared.num_gathered <= MAX_GATHERED;
     if (level == 2) return Reached{true, prefix, left, ties};
   }
   return Reached{false, 0, 0, 0};
