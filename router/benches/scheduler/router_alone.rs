@@ -186,7 +186,14 @@ async fn streams(what: &str, step_time: Duration, streamed: bool) -> anyhow::Res
 
 /// Streams that are open and get a token once in a while.
 async fn memory() -> anyhow::Result<()> {
-    let bench = Bench::start(&["--max-batch-size", "2048", "--max-concurrent-requests", "2048"]).await?;
+    let flags = [
+        ("--max-batch-size", "2048"),
+        ("--max-concurrent-requests", "2048"),
+        // So that all are let in soon.
+        ("--max-batch-prefill-tokens", "8192"),
+    ];
+    let flags: Vec<&str> = flags.iter().flat_map(|&(name, value)| [name, value]).collect();
+    let bench = Bench::start(&flags).await?;
     let before = memory_bytes(bench.router.pid())?;
     bench.shard.set_step_time(Duration::from_millis(50));
     let streams = bench.open(NUM_IDLE_STREAMS).await?;

@@ -19,7 +19,9 @@ pub(crate) fn divide(division: Division, budget: usize, remaining: &[usize]) -> 
     let mut order = (0..remaining.len()).collect::<Vec<_>>();
     if division == Division::ShortestBesideFirst {
         chunks[0] = budget.div_ceil(2).min(*first);
-        order.sort_by_key(|&index| remaining[index] - chunks[index]);
+        // By powers of two, and by order within them: of prompts that are about alike none is to be overtaken, since each
+        // lets others pass for a while only, and then the budget would be left over.
+        order.sort_by_key(|&index| (remaining[index] - chunks[index]).checked_ilog2());
     }
     let mut left = budget - chunks[0];
     for index in order {
@@ -53,6 +55,8 @@ mod tests {
         check(16, &[12, 30], &[12, 4]);
         check(1, &[100, 3], &[1, 0]);
         check(0, &[100, 3], &[0, 0]);
+        // About alike: in order.
+        check(16, &[12, 7, 5, 4], &[12, 4, 0, 0]);
     }
 
     #[test]
