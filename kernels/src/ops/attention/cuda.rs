@@ -368,7 +368,7 @@ impl Splits {
             // One turn: nothing waits. 128 positions outweigh the merging of a split.
             (at_once / num_blocks, 128)
         } else {
-            let min_positions = if num_blocks < 2 * at_once { 512 } else { 1024 };
+            let min_positions = if num_blocks < at_once { 512 } else { 1024 };
             ((TURNS * at_once).div_ceil(num_blocks).max(TURNS), min_positions)
         };
         let num = wanted.min(MAX).min(max_kv_len.div_ceil(min_positions)).max(1);
