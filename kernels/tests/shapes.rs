@@ -15,10 +15,11 @@ use common::{FLOATS, assert_close, levels, rng, tensor};
 use half::bf16;
 use kernels::ops::activation::{self, Activation};
 use kernels::ops::attention::{paged_attention, write_kv};
-use kernels::ops::linear::{LinearPart, Weight, linear};
+use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear};
+use kernels::ops::moe::{Routing, TopK};
 use kernels::ops::norm::LayerNormWeights;
 use kernels::ops::rotary::{RotaryPairs, RotaryTables};
-use kernels::ops::{embedding, norm, rotary};
+use kernels::ops::{embedding, logits, norm, rotary};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, View, ViewMut};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -28,13 +29,16 @@ const CASES: u64 = 25;
 const CANARY: f32 = -12345.5;
 
 type Case = fn(&Context, &mut StdRng);
-const OPERATIONS: [(&str, Case); 7] = [
+const OPERATIONS: [(&str, Case); 10] = [
     ("norms", norms),
     ("activations", activations),
     ("rotary", turn),
     ("embedding", embed),
     ("gather", gather),
     ("linear", product),
+    ("int8 linear", int8_product),
+    ("experts", experts),
+    ("logits", distribution),
     ("attention", attend),
 ];
 
@@ -278,6 +282,12 @@ fn attend(context: &Context, rng: &mut StdRng) {
     let rows = rng.random_range(1..=len);
     let num_blocks = len.div_ceil(block_size);
     let window = [None, Some(rng.random_range(1..=len))][rng.random_range(0..2)];
+    let soft_cap = rng.random_bool(0.5).then(|| rng.random_range(0.5..30.0_f32));
+    let mut of_heads = || -> Option<Vec<f32>> {
+        let heads = 0..kv_heads * group;
+        rng.random_bool(0.5).then(|| heads.map(|_| rng.random_range(0.0..1.0)).collect())
+    };
+    let (slopes, sinks) = (of_heads(), of_heads());
     let kv_cols = kv_heads * head_dim;
     for dtype in FLOATS {
         let (keys, values) = (Framed::filled(rng, len, kv_cols), Framed::filled(rng, len, kv_cols));
@@ -293,7 +303,14 @@ fn attend(context: &Context, rng: &mut StdRng) {
         let mut out = Framed::new(rng, rows, group * kv_cols);
         let (query_starts, kv_lens) = ([0, rows as u32], [len as u32]);
         let batch = AttentionBatch::from_slices(&query_starts, &kv_lens, &table, num_blocks);
-        let params = AttentionParams { window, ..AttentionParams::new(0.3) };
+        let heads = kv_heads * group;
+        let params = AttentionParams {
+            window,
+            soft_cap,
+            alibi_slopes: slopes.as_ref().map(|slopes| View::from_slice(slopes, 1, heads)),
+            sinks: sinks.as_ref().map(|sinks| View::from_slice(sinks, 1, heads)),
+            ..AttentionParams::new(0.3)
+        };
         paged_attention(context, query.view(), &cache, &batch, params, out.view_mut()).expect("shapes fit");
         let rounded = |framed: &Framed| -> Vec<Vec<f64>> {
             let stored = Tensor::from_slice(&framed.values(), len, kv_cols);
@@ -308,11 +325,16 @@ fn attend(context: &Context, rng: &mut StdRng) {
             for (head, query) in query.chunks(head_dim).enumerate() {
                 let columns = head / group * head_dim..(head / group + 1) * head_dim;
                 let score = |p: usize| -> f64 {
-                    0.3 * query.iter().zip(&keys[p][columns.clone()]).map(|(q, k)| q * k).sum::<f64>()
+                    let product = query.iter().zip(&keys[p][columns.clone()]).map(|(q, k)| q * k);
+                    let score = 0.3 * product.sum::<f64>();
+                    let capped = soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
+                    let slope = slopes.as_ref().map_or(0.0, |slopes| f64::from(slopes[head]));
+                    capped + slope * (p as f64 - position as f64)
                 };
                 let scores: Vec<f64> = (first..=position).map(score).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                let sink = sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+                let max = scores.iter().copied().fold(sink, f64::max);
+                let total = (sink - max).exp() + scores.iter().map(|score| (score - max).exp()).sum::<f64>();
                 for column in columns.clone() {
                     let weighted = scores.iter().zip(first..);
                     want.push(
@@ -324,4 +346,75 @@ fn attend(context: &Context, rng: &mut StdRng) {
         // Scores up to a hundred are good to a few units of 2^-24, and so relative to themselves are their exponentials.
         out.check(&want, 5e-5, "attention");
     }
+}
+
+fn int8_product(context: &Context, rng: &mut StdRng) {
+    let (rows, k, n) = (size(rng, 24), size(rng, 90), size(rng, 40));
+    let left = rng.random_range(0..=2);
+    let values: Vec<u8> = (0..n * (k + 2)).map(|_| rng.random()).collect();
+    let scales = tensor(rng, 1, n, DType::F32);
+    let whole = Int8Weight::new(Tensor::from_slice(&values, n, k + 2), scales.clone()).expect("shapes fit");
+    let weight = whole.narrow_cols(left, k);
+    let (x, bias) = (Framed::filled(rng, rows, k), tensor(rng, 1, n, DType::F32));
+    let mut out = Framed::new(rng, rows, n);
+    let part = LinearPart { weight: Weight::Int8(&weight), bias: Some(&bias) };
+    linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
+    let (scales, bias) = (f64s(&scales, 0), f64s(&bias, 0));
+    let mut want = Vec::new();
+    for x in x.rows() {
+        want.extend((0..n).map(|n| {
+            let row = &values[n * (k + 2) + left..][..k];
+            let sum: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(w.cast_signed()) * x).sum();
+            scales[n] * sum + bias[n]
+        }));
+    }
+    out.check(&want, 1e-5, "int8 linear");
+}
+
+/// Each expert multiplies with its number plus one.
+fn experts(context: &Context, rng: &mut StdRng) {
+    let (rows, cols, num_experts) = (size(rng, 20), size(rng, 100), size(rng, 30));
+    let top_k =
+        TopK { experts_per_row: rng.random_range(1..=num_experts), renormalize: rng.random_bool(0.5) };
+    let (router, x) = (Framed::filled(rng, rows, num_experts), Framed::filled(rng, rows, cols));
+    let mut routing = Routing::default();
+    routing.route(context, router.view(), top_k).expect("shapes fit");
+    let mut gathered = Framed::new(rng, rows * top_k.experts_per_row, cols);
+    routing.gather(context, x.view(), gathered.view_mut()).expect("shapes fit");
+    let [top, left, ..] = gathered.place;
+    let stride = gathered.whole.cols();
+    for expert in 0..num_experts {
+        for slot in routing.slots(expert) {
+            let row = &mut gathered.whole.as_mut_slice::<f32>()[(top + slot) * stride + left..][..cols];
+            row.iter_mut().for_each(|value| *value *= (expert + 1) as f32);
+        }
+    }
+    let mut out = Framed::new(rng, rows, cols);
+    routing.combine(context, gathered.view(), out.view_mut()).expect("shapes fit");
+    let mut want = Vec::new();
+    for (logits, x) in router.rows().iter().zip(x.rows()) {
+        let mut order: Vec<usize> = (0..num_experts).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let chosen = &order[..top_k.experts_per_row];
+        let sum_of = |experts: &[usize]| experts.iter().map(|&e| logits[e].exp()).sum::<f64>();
+        let total = if top_k.renormalize { sum_of(chosen) } else { sum_of(&order) };
+        let factor: f64 = chosen.iter().map(|&e| logits[e].exp() / total * (e + 1) as f64).sum();
+        want.extend(x.iter().map(|x| factor * x));
+    }
+    out.check(&want, 1e-5, "experts");
+}
+
+fn distribution(_: &Context, rng: &mut StdRng) {
+    let len = size(rng, 3000);
+    let row = Framed::filled(rng, 1, len).values();
+    let greatest = logits::greatest(&row);
+    let first = row.iter().position(|&logit| logit.to_bits() == greatest.logit.to_bits());
+    assert!(row.iter().all(|&logit| logit <= greatest.logit) && first == Some(greatest.index));
+    let want: Vec<f64> =
+        row.iter().map(|&logit| (f64::from(logit) - f64::from(greatest.logit)).exp()).collect();
+    let mut weights = vec![0.0; row.len()];
+    logits::weights(&row, greatest.logit, &mut weights);
+    assert_close(&weights, &want, 1e-6, "weights");
+    let total: f64 = want.iter().sum();
+    assert!((logits::sum_of_exp(&row, greatest.logit) - total).abs() <= 1e-6 * total, "sum of exponentials");
 }
