@@ -72,7 +72,8 @@ impl Drop for Pool {
     }
 }
 
-/// Cores that this process may use: its affinity and, in a container, its CPU quota; at least one.
+/// Cores that this process may use: its affinity and, in a container, its CPU quota (the standard library reads those of both
+/// versions of cgroups); at least one.
 pub fn available_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
