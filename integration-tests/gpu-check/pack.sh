@@ -21,7 +21,7 @@ mkdir -p "$pack/target/release/deps" "$pack/repository/integration-tests"
 flags=(--release --locked --workspace --features cuda)
 $cargo build "${flags[@]}" --bins
 $cargo test "${flags[@]}" --no-run --message-format=json >"$target/gpu-check/tests.json"
-$cargo bench --profile release --locked --workspace --features cuda --bench shard --bench serving --no-run --message-format=json \
+$cargo bench --profile release --locked --workspace --features cuda --bench shard --bench serving --bench device --no-run --message-format=json \
   >"$target/gpu-check/benches.json"
 python3 - "$target/gpu-check" "$pack" <<'PYTHON'
 import json, pathlib, shutil, subprocess, sys
@@ -45,7 +45,7 @@ for name in ("tests", "benches"):
         package = package if not package[0].isdigit() else pathlib.Path(message["manifest_path"]).parent.name
         if "bin" in target["kind"] and not message["profile"]["test"]:
             wanted.append((message["executable"], pack / "target/release" / target["name"]))
-        elif name == "benches" and target["kind"] == ["bench"] and target["name"] in ("shard", "serving"):
+        elif name == "benches" and target["kind"] == ["bench"] and target["name"] in ("shard", "serving", "device"):
             wanted.append((message["executable"], pack / "target/release/deps" / f"bench-{target['name']}"))
         elif name == "tests" and "test" in target["kind"] and (
             (package, target["name"]) in on_gpu or any(target["name"] == of for _, of in on_gpu)

@@ -7,7 +7,8 @@
 #   environment   the GPU, its driver, the libraries
 #   tests         every operation against the CPU's, models against the goldens, graphs on = off, NCCL, the server
 #   memory        the operations again under compute-sanitizer, the small shapes
-#   bench         one shard: decode of 1, 8, 32, 64 and 256 sequences behind 1k tokens, 8k contexts, prefill of 8 x 1k
+#   bench         sampling and other operations by themselves; one shard: decode of 1 to 256 sequences behind 1k tokens, 8k contexts,
+#                 prefill of 8 x 1k
 #   serving       the same model through HTTP
 #   transformers  the same weights in transformers: static cache with compilation, and its continuous batching
 #
@@ -25,7 +26,7 @@ while [ $# -gt 0 ]; do
     --results) mkdir -p "$2" && results=$(cd "$2" && pwd); shift ;;
     --minutes) minutes=$2; shift ;;
     --dry-run) dry_run=true ;;
-    --help | -h) sed -n '2,18p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,19p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     environment | tests | memory | bench | serving | transformers) stages+=("$1") ;;
     *) echo "unknown argument $1: run.sh --help" >&2; exit 2 ;;
   esac
@@ -165,16 +166,18 @@ fi
 if $dry_run; then shape=135m long="" ; else shape=8b; fi
 if wants bench; then
   if $dry_run; then
+    stage bench-device "operations" "$bin/deps/bench-device" small
     # The smallest published shape is too much for an emulated GPU: that the benchmark starts and measures is seen on the CPU.
     stage bench-shard "one shard" "$bin/deps/bench-shard" 135m decode=1 context=32 prefill=1x16 in-flight=1 --device cpu
   else
     copy=${copy_gb_per_s:+copy=$copy_gb_per_s}
+    stage bench-device "operations" "$bin/deps/bench-device" $copy
     stage bench-shard "one shard" "$bin/deps/bench-shard" $shape decode=1,8,32,64,256 context=1024 prefill=8x1024 $copy --device cuda
     stage bench-long "one shard, 8k contexts" "$bin/deps/bench-shard" $shape decode=1,16 context=8192 prefill=1x8192 $copy --device cuda
     stage bench-eager "one shard, without CUDA graphs" "$bin/deps/bench-shard" $shape decode=1,64 context=1024 prefill=1x1024 $copy \
       --device cuda --cuda-graphs 0
   fi
-  for name in bench-shard bench-long bench-eager; do tables $name; done
+  for name in bench-device bench-shard bench-long bench-eager; do tables $name; done
 fi
 
 if wants serving; then
