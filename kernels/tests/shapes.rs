@@ -386,7 +386,9 @@ fn experts(context: &Context, rng: &mut StdRng) {
     for expert in 0..num_experts {
         for slot in routing.slots(expert) {
             let row = &mut gathered.whole.as_mut_slice::<f32>()[(top + slot) * stride + left..][..cols];
-            row.iter_mut().for_each(|value| *value *= (expert + 1) as f32);
+            for value in row {
+                *value *= (expert + 1) as f32;
+            }
         }
     }
     let mut out = Framed::new(rng, rows, cols);
