@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     --results) mkdir -p "$2" && results=$(cd "$2" && pwd); shift ;;
     --minutes) minutes=$2; shift ;;
     --dry-run) dry_run=true ;;
-    --help | -h) sed -n '2,19p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     environment | tests | memory | bench | serving | transformers) stages+=("$1") ;;
     *) echo "unknown argument $1: run.sh --help" >&2; exit 2 ;;
   esac
