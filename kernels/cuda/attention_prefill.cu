@@ -132,18 +132,12 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
   stage_queries<T, KV, D>(query_tile, query + first_token * query_stride + first_head * D, query_stride, group, first_row,
                           end_row - first_row);
 
-  // The rows of this warp, and the positions of those of this lane; rows behind the last see what the last sees.
+  // The rows of this warp, and those of this lane; rows behind the last see what the last sees.
   const int warp_row = first_row + warp_id() * TILES * 16;
   const bool is_idle = warp_row >= end_row;
   const int warp_first = position(min(warp_row, end_row - 1));
   const int warp_last = position(min(warp_row + TILES * 16, end_row) - 1);
-  int own[TILES][2];
   const auto row_of = [&](int t, int half) { return min(warp_row + t * 16 + lane_id() / 4 + 8 * half, end_row - 1); };
-#pragma unroll
-  for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) own[t][half] = position(row_of(t, half));
-  }
 
   Softmax softmax[TILES];
   float sums[TILES][D / 8][4] = {};
@@ -158,7 +152,7 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
 
     float s[TILES][KEYS / 8][4] = {};
     if (is_seen) {
-#pragma unroll
+#pragma unroll 2  // more only moves loads up, for which there are no registers
       for (int step = 0; step < D / 16; ++step) {
         uint32_t a[TILES][4];
 #pragma unroll
@@ -189,11 +183,18 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
     const bool all_seen = first_key + KEYS - 1 <= warp_first && first_key >= scoring.first_visible(warp_last);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      float slopes[2];
+      // Only few tiles ask for positions: they would take registers that sums need.
+      float slopes[2] = {};
+      int own[2] = {};
+      if (!all_seen || scoring.slopes != nullptr) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) slopes[half] = scoring.slope(first_head + row_of(t, half) % group);
-      const float scale = finish_scores(s[t], scoring, Compute<KV>::UNSCALE, slopes, first_key, own[t]);
-      if (!all_seen) hide(s[t], scoring, first_key, own[t]);
+        for (int half = 0; half < 2; ++half) {
+          own[half] = position(row_of(t, half));
+          slopes[half] = scoring.slope(first_head + row_of(t, half) % group);
+        }
+      }
+      const float scale = finish_scores(s[t], scoring, Compute<KV>::UNSCALE, slopes, first_key, own);
+      if (!all_seen) hide(s[t], scoring, first_key, own);
       float correction[2];
       softmax[t].weigh(s[t], scale, correction);
       correct(sums[t], correction);
