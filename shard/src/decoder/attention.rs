@@ -79,7 +79,7 @@ impl Attention {
         Ok(Self {
             qkv: ColumnParallel::load(
                 weights,
-                [input(names.query, queries), input(names.key, keys), input(names.value, keys)],
+                &[input(names.query, queries), input(names.key, keys), input(names.value, keys)],
             )?,
             head_norms: if spec.qk_norm {
                 let query = head_norm(weights, names.query_norm)?;

@@ -36,7 +36,7 @@ pub(super) struct ColumnParallel<const N: usize> {
 
 impl<const N: usize> ColumnParallel<N> {
     /// This rank's share of each layer's outputs.
-    pub(super) fn load(weights: &mut Weights, projections: [Projection; N]) -> Result<Self, Error> {
+    pub(super) fn load(weights: &mut Weights, projections: &[Projection; N]) -> Result<Self, Error> {
         let layers = projections.each_ref().map(|layer| (&*layer.name, [layer.outputs, layer.inputs]));
         let layouts = take_linears(weights, &layers, Slice::Rows)?;
         let mut parts = Vec::with_capacity(N);

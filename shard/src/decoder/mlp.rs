@@ -51,7 +51,7 @@ impl Mlp {
         let gate = projection(names.gate, intermediate, hidden);
         let up = projection(names.up, intermediate, hidden);
         Ok(Self {
-            gate_up: ColumnParallel::load(weights, [gate, up])?,
+            gate_up: ColumnParallel::load(weights, &[gate, up])?,
             down: RowParallel::load(weights, projection(names.down, hidden, intermediate))?,
         })
     }

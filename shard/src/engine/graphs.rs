@@ -86,19 +86,19 @@ mod tests {
     use super::super::validate::tests::LIMITS;
     use super::*;
 
-    fn shape(rows: usize, max_blocks: usize) -> Option<Shape> {
-        Some(Shape { rows, max_blocks })
-    }
-
     #[test]
     fn batches_are_padded_to_the_next_size_and_tables_to_a_power_of_two() {
         let limits =
             Limits { max_step_tokens: 512, max_step_sequences: 20, max_total_tokens: 4 * 100, ..LIMITS };
         let graphs = Graphs::new(&[1, 2, 8, 32, 64], &limits);
-        assert_eq!(graphs.shape(1, 3), shape(1, 32));
-        assert_eq!(graphs.shape(3, 33), shape(8, 64));
+        let check = |rows, blocks, expected: (usize, usize)| {
+            let Shape { rows, max_blocks } = graphs.shape(rows, blocks).expect("a shape");
+            assert_eq!((rows, max_blocks), expected);
+        };
+        check(1, 3, (1, 32));
+        check(3, 33, (8, 64));
         // No sequence has more blocks, and no step more sequences.
-        assert_eq!(graphs.shape(9, 65), shape(20, 100));
+        check(9, 65, (20, 100));
         assert_eq!(graphs.shape(21, 1), None);
         let first: Vec<_> = graphs.first_shapes().iter().map(|shape| shape.rows).collect();
         assert_eq!(first, [20, 8, 2, 1]);

@@ -44,6 +44,8 @@ struct InFlight {
     times: Times,
     /// What a device chooses.
     readback: Option<Readback>,
+    /// What it released while other steps were in flight, which may still choose tokens of these.
+    released: Vec<(u64, Sequence)>,
 }
 
 /// Time spent in the parts of a step.
@@ -172,7 +174,8 @@ impl Serving {
     /// Begins to compute a step that has been validated.
     pub(super) fn launch(&mut self, request: StepRequest, rank: &mut RankModel) -> Result<(), Error> {
         let started = Instant::now();
-        self.apply(request.release_sequence_ids, request.admit, rank)?;
+        let released = self.release(&request.release_sequence_ids);
+        self.admit(request.admit, rank)?;
         for scheduled in &request.schedule {
             let sequence = self.sequences.get_mut(&scheduled.sequence_id).expect("validated: it is known");
             sequence.block_ids.extend_from_slice(&scheduled.append_block_ids);
@@ -198,19 +201,27 @@ impl Serving {
             sequence.computed_len += entry.num_tokens;
             sequence.num_pending += usize::from(entry.samples);
         }
-        self.in_flight.push_back(InFlight { step_id: request.step_id, batch, started, times, readback });
+        let step_id = request.step_id;
+        self.in_flight.push_back(InFlight { step_id, batch, started, times, readback, released });
         Ok(())
     }
 
-    fn apply(&mut self, release: Vec<u64>, admit: Vec<NewSequence>, rank: &RankModel) -> Result<(), Error> {
-        for sequence_id in release {
-            let released = self.sequences.remove(&sequence_id);
-            if let (Some(device), Some(sampling)) =
-                (&mut self.device, released.and_then(|sequence| sequence.on_device))
-            {
+    /// Returns what steps in flight may still choose tokens of.
+    fn release(&mut self, sequence_ids: &[u64]) -> Vec<(u64, Sequence)> {
+        let mut released = Vec::new();
+        for sequence_id in sequence_ids {
+            let Some(sequence) = self.sequences.remove(sequence_id) else { continue };
+            if let (Some(device), Some(sampling)) = (&mut self.device, &sequence.on_device) {
                 device.release(sampling.slot);
             }
+            if !self.in_flight.is_empty() {
+                released.push((*sequence_id, sequence));
+            }
         }
+        released
+    }
+
+    fn admit(&mut self, admit: Vec<NewSequence>, rank: &RankModel) -> Result<(), Error> {
         for new in admit {
             let on_device =
                 self.device.as_mut().map(|device| device.admit(&rank.context, &new)).transpose()?;
@@ -261,7 +272,7 @@ impl Serving {
     /// # Panics
     /// Where none is.
     pub(super) fn collect(&mut self, rank: &mut RankModel) -> Result<StepResponse, Error> {
-        let InFlight { step_id, mut batch, started, mut times, readback } =
+        let InFlight { step_id, mut batch, started, mut times, readback, .. } =
             self.in_flight.pop_front().expect("launch comes before collect");
         if let (Some(device), Some(readback)) = (&mut self.device, readback) {
             device.collect(readback, &mut batch.results)?;
@@ -318,8 +329,11 @@ impl Serving {
     fn advance(&mut self, batch: &mut Batch, outputs: &mut [SequenceOutput], eos_token_ids: &[u32]) {
         let Batch { entries, skipped, .. } = batch;
         for ((entry, verdict), output) in entries.iter().zip(self.verdicts.entries()).zip(outputs) {
-            // One that was released while the step was under way gets its token, which nobody waits for.
-            let Some(sequence) = self.sequences.get_mut(&entry.sequence_id) else { continue };
+            let mut released = self.in_flight.iter_mut().flat_map(|step| &mut step.released);
+            let known = self.sequences.get_mut(&entry.sequence_id);
+            let known = known
+                .or_else(|| released.find(|(id, _)| *id == entry.sequence_id).map(|(_, sequence)| sequence));
+            let sequence = known.expect("released by no step before this one");
             if sequence.finished {
                 // It ended in the step before, which was not known when this one was launched.
                 *output = SequenceOutput::default();

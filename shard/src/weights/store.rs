@@ -88,7 +88,7 @@ impl<'a> Weights<'a> {
     /// The matrix `name`, `[rows, cols]` in the file, or this rank's part of it.
     pub fn take_matrix(&mut self, name: &str, shape: [usize; 2], slice: Slice) -> Result<Tensor, Error> {
         let (tensor, stored) = self.take_host_matrix(name, shape, slice)?;
-        self.place(tensor, &stored)
+        self.place(&tensor, &stored)
     }
 
     /// As [`Weights::take_matrix`], of matrices that are multiplied with one input: on a GPU they lie one below the
@@ -104,7 +104,7 @@ impl<'a> Weights<'a> {
         }
         let is_one_type = taken.windows(2).all(|pair| pair[0].0.dtype() == pair[1].0.dtype());
         if self.context.place() == Place::Host || !is_one_type {
-            return taken.into_iter().map(|(tensor, stored)| self.place(tensor, &stored)).collect();
+            return taken.into_iter().map(|(tensor, stored)| self.place(&tensor, &stored)).collect();
         }
         let host: Vec<_> = taken.iter().map(|(tensor, _)| tensor).collect();
         let stacked = self.context.upload_stacked(&host)?;
@@ -174,7 +174,7 @@ impl<'a> Weights<'a> {
         };
         let tensor = stored.matrix(name, 1, len)?.narrow_cols(part.start, part.len()).to_dtype(DType::F32)?;
         self.size_in_bytes += tensor.size_in_bytes() as u64;
-        self.place(tensor, &stored)
+        self.place(&tensor, &stored)
     }
 
     /// Refuses tensors that were not taken, except those for which `is_redundant` holds: a model that ignores a bias
@@ -190,8 +190,8 @@ impl<'a> Weights<'a> {
     }
 
     /// The tensor where operations expect it. Where that is not where it is stored, the stored pages are not read again.
-    fn place(&self, tensor: Tensor, stored: &StoredTensor) -> Result<Tensor, Error> {
-        let placed = self.context.upload(&tensor)?;
+    fn place(&self, tensor: &Tensor, stored: &StoredTensor) -> Result<Tensor, Error> {
+        let placed = self.context.upload(tensor)?;
         if placed.place() == Place::Device {
             stored.release();
         }

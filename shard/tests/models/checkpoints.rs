@@ -5,8 +5,8 @@ use std::path::Path;
 use crate::rank::{Rank, assert_close, golden, golden_dir, load, of_rank};
 use kernels::DType;
 use serde_json::{Value, json};
-use shard::{Dtype, KvCacheDtype};
 use shard::models::{LoadError, LoadOptions};
+use shard::{Dtype, KvCacheDtype};
 use tempfile::TempDir;
 
 /// A copy of a golden's config.json and weights, to be changed.

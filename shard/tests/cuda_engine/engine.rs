@@ -1,0 +1,194 @@
+//! The engine on a GPU (or on the emulated driver: `make test-cuda`): its tokens are those of the CPU, with and without graphs,
+//! one step at a time and running ahead.
+
+use kernels::Context;
+use kernels::collective::Local;
+use proto::v1::{
+    Device, FinishReason, NewSequence, StepRequest, StepResponse, StoppingParameters, WarmupRequest,
+};
+use shard::engine::{Engine, EngineOptions, Origin};
+use shard::models::{self, LoadOptions};
+use shard::{Error, KvCacheDtype};
+
+use crate::checkpoints::{llama, llama_with_broken_token};
+use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, prompt, request, unequal_requests};
+
+/// Of log-probabilities: f32 against f32 in another order of summation, on both sides.
+const TOLERANCE: f32 = 5e-4;
+
+const BLIND: Plan = Plan { blind: true, ..WHOLE_PROMPTS };
+
+fn cold(dir: &std::path::Path, context: Context, graph_sizes: &[usize], options: LoadOptions) -> Engine {
+    let model = models::load(&context, dir, options).unwrap();
+    let options = EngineOptions { graph_sizes: graph_sizes.to_vec(), ..EngineOptions::default() };
+    Engine::new(model, context, Box::new(Local)).with_options(options)
+}
+
+fn on_gpu(graph_sizes: &[usize]) -> Engine {
+    let mut engine = cold(&llama(), Context::cuda(0, 1).unwrap(), graph_sizes, LoadOptions::default());
+    engine.warmup(&WARMUP).unwrap();
+    engine
+}
+
+fn on_cpu() -> Engine {
+    let mut engine = cold(&llama(), Context::cpu(2), &[], LoadOptions::default());
+    engine.warmup(&WARMUP).unwrap();
+    engine
+}
+
+fn run(engine: &mut Engine, requests: &[NewSequence], plan: Plan) -> Vec<Outcome> {
+    generate(requests, plan, |request| engine.step(request, Origin::Unary).unwrap())
+}
+
+fn token_ids(outcomes: &[Outcome]) -> Vec<Vec<u32>> {
+    outcomes.iter().map(Outcome::token_ids).collect()
+}
+
+#[test]
+fn tokens_and_log_probabilities_are_those_of_the_cpu_and_the_same_with_and_without_graphs() {
+    let requests = unequal_requests();
+    let expected = run(&mut on_cpu(), &requests, WHOLE_PROMPTS);
+    let recorded = run(&mut on_gpu(&[1, 2, 4, 8]), &requests, WHOLE_PROMPTS);
+    assert_eq!(token_ids(&recorded), token_ids(&expected));
+    for (found, expected) in recorded.iter().zip(&expected) {
+        assert_eq!(found.finish_reason, expected.finish_reason);
+        assert_eq!(found.prompt_tokens.len(), expected.prompt_tokens.len());
+        let tokens = |outcome: &Outcome| [outcome.tokens.clone(), outcome.prompt_tokens.clone()].concat();
+        for (found, expected) in tokens(found).iter().zip(tokens(expected)) {
+            assert!((found.logprob - expected.logprob).abs() < TOLERANCE, "{found:?} {expected:?}");
+            let ids =
+                |top: &[proto::v1::TokenLogprob]| top.iter().map(|top| top.token_id).collect::<Vec<_>>();
+            assert_eq!(ids(&found.top), ids(&expected.top));
+        }
+    }
+    // Padding and other kernels for it do not change a bit.
+    assert_eq!(token_ids(&run(&mut on_gpu(&[]), &requests, WHOLE_PROMPTS)), token_ids(&recorded));
+    // Larger than any batch, and smaller than some.
+    assert_eq!(token_ids(&run(&mut on_gpu(&[3, 64]), &requests, WHOLE_PROMPTS)), token_ids(&recorded));
+}
+
+/// All requests of a run that does not look at answers, and the answers of one step at a time.
+fn recorded_steps(engine: &mut Engine, requests: &[NewSequence]) -> (Vec<StepRequest>, Vec<StepResponse>) {
+    let (mut steps, mut answers) = (Vec::new(), Vec::new());
+    generate(requests, BLIND, |request| {
+        let answer = engine.step(request.clone(), Origin::Run).unwrap();
+        steps.push(request);
+        answers.push(answer.clone());
+        answer
+    });
+    (steps, answers)
+}
+
+/// What depends neither on the clock nor, in its last bits, on how many rows a step has; and the log-probabilities.
+fn content(answers: Vec<StepResponse>) -> (Vec<StepResponse>, Vec<f32>) {
+    let mut logprobs = Vec::new();
+    let answers = answers.into_iter().map(|mut answer| {
+        answer.skipped_sequence_ids.sort_unstable();
+        for output in &mut answer.outputs {
+            for token in output.tokens.iter_mut().chain(&mut output.prompt_tokens) {
+                logprobs.push(std::mem::take(&mut token.logprob));
+                logprobs.extend(token.top.iter_mut().map(|top| std::mem::take(&mut top.logprob)));
+            }
+        }
+        StepResponse { step_us: 0, forward_us: 0, sample_us: 0, ..answer }
+    });
+    (answers.collect(), logprobs)
+}
+
+#[test]
+fn running_ahead_gives_the_same_answers_as_one_step_at_a_time() {
+    let mut requests = unequal_requests();
+    // The bias makes its first token one that ends it, which nobody knows while the next step is launched.
+    let sampling = requests[0].sampling.as_mut().unwrap();
+    sampling.logit_bias = vec![proto::v1::LogitBias { token_id: 2, bias: 100.0 }];
+    requests[0].stopping = Some(StoppingParameters { max_new_tokens: 10, ignore_eos: false });
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let mut engine = on_gpu(graph_sizes);
+        let (steps, expected) = recorded_steps(&mut engine, &requests);
+        engine.end_run();
+        let mut answers = Vec::new();
+        for step in steps {
+            if !engine.has_room() {
+                answers.push(engine.collect().unwrap());
+            }
+            engine.launch(step, Origin::Run).unwrap();
+        }
+        assert_eq!(engine.num_in_flight(), 2);
+        while engine.num_in_flight() > 0 {
+            answers.push(engine.collect().unwrap());
+        }
+        let ((answers, logprobs), (expected, expected_logprobs)) = (content(answers), content(expected));
+        assert_eq!(answers, expected);
+        for (found, expected) in logprobs.iter().zip(&expected_logprobs) {
+            assert!((found - expected).abs() < TOLERANCE, "{found} is not {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_preempted_sequence_goes_on_with_the_same_tokens() {
+    let mut engine = on_gpu(&[1]);
+    // One with penalties, whose counts are made anew, and one by chance.
+    for request in [&unequal_requests()[3], &unequal_requests()[4]] {
+        let request = &NewSequence {
+            stopping: Some(StoppingParameters { max_new_tokens: 8, ignore_eos: true }),
+            ..request.clone()
+        };
+        let expected = run(&mut engine, std::slice::from_ref(request), WHOLE_PROMPTS).remove(0);
+        let mut resumed = request.clone();
+        resumed.token_ids.extend(&expected.token_ids()[..3]);
+        let outcome = run(&mut engine, std::slice::from_ref(&resumed), WHOLE_PROMPTS).remove(0);
+        assert_eq!(outcome.token_ids(), expected.token_ids()[3..]);
+    }
+}
+
+#[test]
+fn a_sequence_with_broken_logits_fails_alone() {
+    const BROKEN: u32 = 300;
+    let dir = llama_with_broken_token(BROKEN as usize);
+    let mut engine = cold(dir.path(), Context::cuda(0, 1).unwrap(), &[2], LoadOptions::default());
+    engine.warmup(&WARMUP).unwrap();
+    let (good, broken) = (request(1, &[5, 6, 7]), request(2, &[5, BROKEN, 6]));
+    let alone = run(&mut engine, std::slice::from_ref(&good), WHOLE_PROMPTS).remove(0);
+    let outcomes = run(&mut engine, &[good, broken], WHOLE_PROMPTS);
+    assert_eq!(outcomes[0].token_ids(), alone.token_ids());
+    assert_eq!(outcomes[1].finish_reason(), FinishReason::InvalidLogits);
+    assert_eq!(outcomes[1].token_ids(), [0u32; 0]);
+}
+
+#[test]
+fn keys_and_values_in_8_bits_halve_the_cache_and_are_near_those_in_16() {
+    let greedy = request(1, &prompt(0, 40));
+    let logprobs = |kv_cache_dtype| {
+        let options = LoadOptions { kv_cache_dtype: Some(kv_cache_dtype), ..LoadOptions::default() };
+        let mut engine = cold(&llama(), Context::cuda(0, 1).unwrap(), &[], options);
+        let bytes = engine.warmup(&WARMUP).unwrap().kv_cache_bytes;
+        let mut asked = greedy.clone();
+        asked.prompt_logprobs = true;
+        let outcome = run(&mut engine, &[asked], WHOLE_PROMPTS).remove(0);
+        (bytes, outcome.prompt_tokens.iter().map(|token| token.logprob).collect::<Vec<_>>())
+    };
+    let (wide_bytes, wide) = logprobs(KvCacheDtype::Bfloat16);
+    let (narrow_bytes, narrow) = logprobs(KvCacheDtype::Fp8E4m3fn);
+    assert_eq!(narrow_bytes * 2, wide_bytes);
+    let distance = wide.iter().zip(&narrow).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    // Three bits of mantissa; and it is not the same cache.
+    assert!(distance > 1e-4 && distance < 1.0, "{distance}");
+}
+
+#[test]
+fn a_gpu_says_what_it_is_and_what_it_cannot_do() {
+    let mut engine = on_gpu(&[]);
+    assert_eq!(engine.info().device(), Device::Cuda);
+    let first = |new: NewSequence| StepRequest { step_id: 1, admit: vec![new], ..StepRequest::default() };
+    let mut refused = |new: NewSequence| engine.step(first(new), Origin::Unary).unwrap_err().to_string();
+    let message = refused(NewSequence { top_n_tokens: 21, ..request(1, &[5]) });
+    assert!(message.starts_with("admit[0].top_n_tokens must be within 0 ..= 20"), "{message}");
+
+    let too_much = WarmupRequest { max_step_tokens: u32::MAX / 4, ..WARMUP };
+    let mut engine = cold(&llama(), Context::cuda(0, 1).unwrap(), &[], LoadOptions::default());
+    let error = engine.warmup(&too_much).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
+    assert!(!error.is_fatal());
+    engine.warmup(&WARMUP).unwrap();
+}
