@@ -1,10 +1,12 @@
 //! Where ranks meet outside of their devices: small messages from rank 0, and who is still there.
 
 use std::path::PathBuf;
+#[cfg(feature = "cuda")]
 use std::time::Duration;
 
-use super::network::Network;
-use super::{Communicator, SharedMemory};
+#[cfg(feature = "cuda")]
+use super::{Communicator, SharedMemory, network::Network};
+#[cfg(any(feature = "cuda", test))]
 use crate::Result;
 
 /// Where the ranks of a group find each other.
@@ -23,6 +25,7 @@ pub enum MeetingPlace {
 }
 
 /// The ranks, met.
+#[cfg(any(feature = "cuda", test))]
 pub(super) trait Meeting: Send {
     /// Gives rank 0's `data` to all ranks.
     fn broadcast(&mut self, data: &mut [u32]) -> Result<()>;
@@ -31,8 +34,10 @@ pub(super) trait Meeting: Send {
 }
 
 /// Says which rank has gone, where one has.
+#[cfg(any(feature = "cuda", test))]
 pub(super) type Absences = Box<dyn Fn() -> Option<String> + Send>;
 
+#[cfg(feature = "cuda")]
 impl MeetingPlace {
     /// Returns when all ranks are there, or with an error after `timeout`, which then holds for each message too.
     pub(super) fn join(&self, rank: usize, world_size: usize, timeout: Duration) -> Result<Box<dyn Meeting>> {
@@ -43,6 +48,7 @@ impl MeetingPlace {
     }
 }
 
+#[cfg(feature = "cuda")]
 impl Meeting for SharedMemory {
     fn broadcast(&mut self, data: &mut [u32]) -> Result<()> {
         Communicator::broadcast(self, data)

@@ -9,6 +9,8 @@ use crate::tensor::{Result, View, ViewMut};
 mod meeting;
 #[cfg(feature = "cuda")]
 mod nccl;
+// Network is tested in every build, and used where there are GPUs.
+#[cfg(any(feature = "cuda", test))]
 mod network;
 mod rendezvous;
 mod shared_memory;

@@ -67,6 +67,7 @@ impl SharedMemory {
     }
 
     /// Says which peer has gone, where one has, on any thread and after this rank has left.
+    #[cfg(feature = "cuda")]
     pub(super) fn absences(&self) -> impl Fn() -> Option<String> + Send + use<> {
         let (rendezvous, rank, world_size) = (Arc::clone(&self.rendezvous), self.rank, self.world_size);
         move || {
