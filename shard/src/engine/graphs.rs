@@ -26,8 +26,8 @@ pub(super) struct Graphs {
     sizes: Vec<usize>,
     /// Blocks of the longest sequence.
     most_blocks: usize,
-    /// None where recording failed.
-    recorded: HashMap<Shape, Option<Graph>>,
+    /// Or why one could not be recorded.
+    recorded: HashMap<Shape, kernels::Result<Graph>>,
 }
 
 impl Graphs {
@@ -64,15 +64,13 @@ impl Graphs {
         shape: Shape,
         record: impl FnOnce() -> kernels::Result<Graph>,
     ) -> Option<&Graph> {
-        let graph = self.recorded.entry(shape).or_insert_with(|| match record() {
-            Ok(graph) => Some(graph),
-            Err(error) => {
+        let recorded = self.recorded.entry(shape).or_insert_with(|| {
+            record().inspect_err(|error| {
                 let Shape { rows, max_blocks } = shape;
                 tracing::warn!(rows, max_blocks, %error, "a decode step cannot be recorded as a CUDA graph");
-                None
-            }
+            })
         });
-        graph.as_ref()
+        recorded.as_ref().ok()
     }
 
     /// How many there are.
