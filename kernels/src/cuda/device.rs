@@ -35,7 +35,8 @@ pub(crate) struct Device {
     properties: Properties,
     modules: Vec<sys::CUmodule>,
     kernels: Mutex<HashMap<KernelKey, Kernel>>,
-    scratch: Mutex<HashMap<&'static str, DeviceMemory>>,
+    /// By name, the one in use last: graphs may hold the addresses of those before it, so they stay.
+    scratch: Mutex<HashMap<&'static str, Vec<DeviceMemory>>>,
     uploader: Mutex<Option<Uploader>>,
     /// None within where there is no such library.
     cublaslt: OnceLock<Option<CublasLt>>,
@@ -113,14 +114,15 @@ impl Device {
     /// (zeros at first). It only grows, and not within a step.
     pub(crate) fn scratch(&self, name: &'static str, size: usize) -> Result<DevicePtr> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(memory) = scratch.get(name)
+        let buffers = scratch.entry(name).or_default();
+        if let Some(memory) = buffers.last()
             && memory.size() >= size
         {
             return Ok(memory.start());
         }
         let memory = self.zeros(size)?;
         let start = memory.start();
-        scratch.insert(name, memory);
+        buffers.push(memory);
         Ok(start)
     }
 
