@@ -173,25 +173,45 @@ async fn tokens_from_the_cache_are_told_and_change_nothing() {
 /// when the first one ends, and gives them once more to the second, which grows on.
 #[tokio::test]
 async fn a_request_that_is_preempted_twice_gets_what_it_gets_undisturbed() {
-    let body = |prompt: &str, max_tokens: u32| {
-        json!({
-            "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "logprobs": 1, "temperature": 1.0, "seed": 5,
-            "frequency_penalty": 0.2, "repetition_penalty": 1.1, "stream": true,
-        })
+    let penalties = json!({
+        "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.3,
+        "logit_bias": {"40": 1.5, "41": -100.0},
+    });
+    let warpers = json!({
+        "temperature": 0.9, "seed": 5, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.98,
+    });
+    let with = |parts: &[&Value]| {
+        let mut sampling = json!({"temperature": 0.0});
+        parts.iter().for_each(|part| merge(&mut sampling, (*part).clone()));
+        sampling
     };
-    let youngest = body("The fox", 1300);
-    let roomy = Stack::start(Model::Demo, &[]).await;
-    let expected = choices(roomy.stream("/v1/completions", &youngest).await).await;
+    let samplings = [
+        ("greedy", with(&[])),
+        ("greedy, every penalty", with(&[&penalties])),
+        ("seeded, every warper and penalty", with(&[&warpers, &penalties])),
+    ];
+    let body = |prompt: &str, max_tokens: u32, sampling: &Value| {
+        let mut body = json!({
+            "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true, "logprobs": 1, "stream": true,
+        });
+        merge(&mut body, sampling.clone());
+        body
+    };
+    let roomy = Stack::start(Model::Demo, &["--prefix-caching", "false", "--steps-in-flight", "1"]).await;
     let flags = ["--max-batch-total-tokens", "1984", "--max-total-tokens", "1984"];
-    let narrow = Stack::start(Model::Demo, &flags).await;
-    let first = narrow.stream("/v1/completions", &body("Once", 900)).await;
-    let second = narrow.stream("/v1/completions", &body("There", 1700)).await;
-    let youngest = narrow.stream("/v1/completions", &youngest).await;
-    let (_, _, got) = futures::join!(choices(first), choices(second), choices(youngest));
-    let preemptions = narrow.metric(PREEMPTIONS).await;
-    assert!(preemptions >= 2.0, "{preemptions} preemptions");
-    assert_eq!(got, expected);
-    narrow.until_metric("lamplighter_kv_blocks_used", |blocks| blocks == 0.0).await;
+    for (name, sampling) in samplings {
+        let youngest = body("The fox", 1300, &sampling);
+        let expected = choices(roomy.stream("/v1/completions", &youngest).await).await;
+        let narrow = Stack::start(Model::Demo, &flags).await;
+        let first = narrow.stream("/v1/completions", &body("Once", 900, &sampling)).await;
+        let second = narrow.stream("/v1/completions", &body("There", 1700, &sampling)).await;
+        let youngest = narrow.stream("/v1/completions", &youngest).await;
+        let (_, _, got) = futures::join!(choices(first), choices(second), choices(youngest));
+        let preemptions = narrow.metric(PREEMPTIONS).await;
+        assert!(preemptions >= 2.0, "{name}: {preemptions} preemptions");
+        assert!(got == expected, "{name}: the tokens differ");
+        narrow.until_metric("lamplighter_kv_blocks_used", |blocks| blocks == 0.0).await;
+    }
 }
 
 /// The choices of all events.
