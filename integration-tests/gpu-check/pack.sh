@@ -34,7 +34,7 @@ on_gpu = {
     for target in package["targets"]
     if "cuda" in target.get("required-features", [])
 }
-wanted = []
+wanted = [(str(folder.parent / "release/lamplighter"), pack / "target/release/lamplighter")]
 for name in ("tests", "benches"):
     for line in (folder / f"{name}.json").open():
         message = json.loads(line)
@@ -43,9 +43,7 @@ for name in ("tests", "benches"):
         target = message["target"]
         package = message["package_id"].split("#")[-1].split("@")[0].split("/")[-1]
         package = package if not package[0].isdigit() else pathlib.Path(message["manifest_path"]).parent.name
-        if "bin" in target["kind"] and not message["profile"]["test"]:
-            wanted.append((message["executable"], pack / "target/release" / target["name"]))
-        elif name == "benches" and target["kind"] == ["bench"] and target["name"] in ("shard", "serving", "device"):
+        if name == "benches" and target["kind"] == ["bench"] and target["name"] in ("shard", "serving", "device"):
             wanted.append((message["executable"], pack / "target/release/deps" / f"bench-{target['name']}"))
         elif name == "tests" and "test" in target["kind"] and (
             (package, target["name"]) in on_gpu or any(target["name"] == of for _, of in on_gpu)

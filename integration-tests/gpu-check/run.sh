@@ -111,7 +111,7 @@ if wants environment; then
     for file in "$bin"/lamplighter "$bin"/deps/*; do
       ldd "$file" | grep -q 'not found' && { echo "$file lacks libraries:"; ldd "$file"; exit 1; }
     done
-    "$bin/lamplighter" --version
+    "$bin/lamplighter" --version || exit 1
     if ! $dry_run; then
       "$python" - <<'PYTHON'
 import torch
