@@ -1,17 +1,14 @@
 //! Every operation on operands of arbitrary shapes, strides and element types, against f64, with canaries around each
-//! output.
-//!
-//! A fixed number of cases by default (`FUZZ_CASES=n`). `FUZZ_SECONDS=600 cargo test --release -p kernels --test shapes` goes on with fresh
-//! ones for as long; a failure names its seed, and `FUZZ_SEED=n` runs that one alone. `make check-memory` runs this
-//! under valgrind.
+//! output. What is arbitrary is drawn: by the test from a seed, by the fuzz target (`kernels/fuzz`) from a fuzzer's bytes.
 
+#[path = "../common/mod.rs"]
 #[expect(dead_code, reason = "what other tests need")]
 mod common;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::convert::Infallible;
 
-use common::{FLOATS, assert_close, levels, rng, tensor};
+pub(crate) use common::levels;
+use common::{FLOATS, assert_close, tensor};
 use half::bf16;
 use kernels::ops::activation::{self, Activation};
 use kernels::ops::attention::{paged_attention, write_kv};
@@ -21,15 +18,14 @@ use kernels::ops::norm::LayerNormWeights;
 use kernels::ops::rotary::{RotaryPairs, RotaryTables};
 use kernels::ops::{embedding, logits, norm, rotary};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, View, ViewMut};
-use rand::RngExt;
 use rand::rngs::StdRng;
+use rand::{Rng, RngExt, TryRng};
 
-/// Cases of each operation where nothing else is asked for.
-const CASES: u64 = 25;
-const CANARY: f32 = -12345.5;
+/// Draws operands, calls an operation, and fails unless the result is right.
+pub(crate) type Case = fn(&Context, &mut Draws);
 
-type Case = fn(&Context, &mut StdRng);
-const OPERATIONS: [(&str, Case); 10] = [
+/// The operations and their names.
+pub(crate) const OPERATIONS: [(&str, Case); 10] = [
     ("norms", norms),
     ("activations", activations),
     ("rotary", turn),
@@ -42,28 +38,42 @@ const OPERATIONS: [(&str, Case); 10] = [
     ("attention", attend),
 ];
 
-#[test]
-fn operations_on_arbitrary_shapes_are_right_and_write_nothing_else() {
-    #[expect(clippy::disallowed_methods, reason = "how long a test runs is no setting of the program")]
-    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
-    let contexts = levels();
-    let begin = Instant::now();
-    let least = Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(0));
-    let seeds = number("FUZZ_SEED").map_or(0..u64::MAX, |seed| seed..seed + 1);
-    for seed in seeds {
-        if seed >= number("FUZZ_CASES").unwrap_or(CASES)
-            && begin.elapsed() >= least
-            && number("FUZZ_SEED").is_none()
-        {
-            return;
-        }
-        for (name, run) in OPERATIONS {
-            for context in &contexts {
-                let run = AssertUnwindSafe(|| run(context, &mut rng(seed)));
-                let outcome = catch_unwind(run);
-                assert!(outcome.is_ok(), "{name} fails: FUZZ_SEED={seed}");
-            }
-        }
+const CANARY: f32 = -12345.5;
+
+/// Where a case has its numbers from. As a generator it gives those that choose: shapes, strides, options. The values of
+/// operands' elements are never of the bytes, which so stay few: a change of one changes a choice.
+pub(crate) struct Draws<'a> {
+    /// Two for each choice; where they end, choices are drawn as values are.
+    bytes: &'a [u8],
+    values: StdRng,
+}
+
+impl<'a> Draws<'a> {
+    pub(crate) fn new(bytes: &'a [u8], seed: u64) -> Self {
+        Self { bytes, values: common::rng(seed) }
+    }
+
+    fn choice(&mut self) -> Option<u16> {
+        let (&bytes, rest) = self.bytes.split_first_chunk::<2>()?;
+        self.bytes = rest;
+        Some(u16::from_be_bytes(bytes))
+    }
+}
+
+impl TryRng for Draws<'_> {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        Ok(self.choice().map_or_else(|| self.values.next_u32(), |choice| u32::from(choice) * 0x1_0001))
+    }
+
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        let repeated = |choice| u64::from(choice) * 0x0001_0001_0001_0001;
+        Ok(self.choice().map_or_else(|| self.values.next_u64(), repeated))
+    }
+
+    fn try_fill_bytes(&mut self, to: &mut [u8]) -> Result<(), Infallible> {
+        self.values.try_fill_bytes(to)
     }
 }
 
@@ -74,20 +84,20 @@ struct Framed {
 }
 
 impl Framed {
-    fn new(rng: &mut StdRng, rows: usize, cols: usize) -> Self {
-        let [top, left, bottom, right] = std::array::from_fn(|_| rng.random_range(0..4_usize));
+    fn new(draws: &mut Draws, rows: usize, cols: usize) -> Self {
+        let [top, left, bottom, right] = std::array::from_fn(|_| draws.random_range(0..4_usize));
         let (all_rows, all_cols) = (top + rows + bottom, left + cols + right);
         let whole = Tensor::from_slice(&vec![CANARY; all_rows * all_cols], all_rows, all_cols);
         Self { whole, place: [top, left, rows, cols] }
     }
 
-    fn filled(rng: &mut StdRng, rows: usize, cols: usize) -> Self {
-        let mut framed = Self::new(rng, rows, cols);
+    fn filled(draws: &mut Draws, rows: usize, cols: usize) -> Self {
+        let mut framed = Self::new(draws, rows, cols);
         let [top, left, ..] = framed.place;
         let stride = framed.whole.cols();
         for row in 0..rows {
             for value in &mut framed.whole.as_mut_slice::<f32>()[(top + row) * stride + left..][..cols] {
-                *value = rng.random_range(-2.0..2.0);
+                *value = draws.values.random_range(-2.0..2.0);
             }
         }
         framed
@@ -126,12 +136,12 @@ impl Framed {
     }
 }
 
-fn size(rng: &mut StdRng, most: usize) -> usize {
+fn size(draws: &mut Draws, most: usize) -> usize {
     // Often near the width of a vector.
-    match rng.random_range(0..3) {
-        0 => rng.random_range(1..=most),
-        1 => rng.random_range(1..=most.min(4)),
-        _ => (16 * rng.random_range(1..=4) + rng.random_range(0..3) - 1).min(most),
+    match draws.random_range(0..3) {
+        0 => draws.random_range(1..=most),
+        1 => draws.random_range(1..=most.min(4)),
+        _ => (16 * draws.random_range(1..=4) + draws.random_range(0..3) - 1).min(most),
     }
 }
 
@@ -139,13 +149,14 @@ fn f64s(tensor: &Tensor, row: usize) -> Vec<f64> {
     tensor.view().row_f32(row).expect("a float type").into_iter().map(f64::from).collect()
 }
 
-fn norms(context: &Context, rng: &mut StdRng) {
-    let (rows, cols) = (size(rng, 5), size(rng, 200));
-    let x = Framed::filled(rng, rows, cols);
-    let (weight, bias) = (tensor(rng, 1, cols, DType::F32), tensor(rng, 1, cols, DType::F32));
+fn norms(context: &Context, draws: &mut Draws) {
+    let (rows, cols) = (size(draws, 5), size(draws, 200));
+    let x = Framed::filled(draws, rows, cols);
+    let (weight, bias) =
+        (tensor(&mut draws.values, 1, cols, DType::F32), tensor(&mut draws.values, 1, cols, DType::F32));
     let (w, b) = (f64s(&weight, 0), f64s(&bias, 0));
     let eps = 1e-3;
-    let mut out = Framed::new(rng, rows, cols);
+    let mut out = Framed::new(draws, rows, cols);
     norm::rms_norm(context, x.view(), &weight, eps, out.view_mut()).expect("shapes fit");
     let want: Vec<f64> = x
         .rows()
@@ -172,29 +183,30 @@ fn norms(context: &Context, rng: &mut StdRng) {
     out.check(&want, 2e-5, "layer_norm");
 }
 
-fn activations(context: &Context, rng: &mut StdRng) {
-    let (rows, cols) = (size(rng, 5), size(rng, 200));
-    let x = Framed::filled(rng, rows, 2 * cols);
-    let mut out = Framed::new(rng, rows, cols);
+fn activations(context: &Context, draws: &mut Draws) {
+    let (rows, cols) = (size(draws, 5), size(draws, 200));
+    let x = Framed::filled(draws, rows, 2 * cols);
+    let mut out = Framed::new(draws, rows, cols);
     activation::gated(context, Activation::Silu, x.view(), out.view_mut()).expect("shapes fit");
     let silu = |x: f64| x / (1.0 + (-x).exp());
     let gated = |x: &Vec<f64>| (0..cols).map(|i| silu(x[i]) * x[cols + i]).collect::<Vec<_>>();
     out.check(&x.rows().iter().flat_map(gated).collect::<Vec<_>>(), 1e-6, "gated");
 
-    let mut sum = Framed::filled(rng, rows, 2 * cols);
+    let mut sum = Framed::filled(draws, rows, 2 * cols);
     let want: Vec<f64> =
         sum.rows().concat().iter().zip(x.rows().concat()).map(|(a, b)| f64::from((a + b) as f32)).collect();
     activation::add(context, sum.view_mut(), x.view()).expect("shapes fit");
     sum.check(&want, 0.0, "add");
 }
 
-fn turn(context: &Context, rng: &mut StdRng) {
-    let (rows, heads, half) = (size(rng, 5), size(rng, 4), size(rng, 40));
-    let head_dim = 2 * half + rng.random_range(0..5);
-    let (cos, sin) = (tensor(rng, 9, half, DType::F32), tensor(rng, 9, half, DType::F32));
-    let positions: Vec<u32> = (0..rows).map(|_| rng.random_range(0..9)).collect();
+fn turn(context: &Context, draws: &mut Draws) {
+    let (rows, heads, half) = (size(draws, 5), size(draws, 4), size(draws, 40));
+    let head_dim = 2 * half + draws.random_range(0..5);
+    let (cos, sin) =
+        (tensor(&mut draws.values, 9, half, DType::F32), tensor(&mut draws.values, 9, half, DType::F32));
+    let positions: Vec<u32> = (0..rows).map(|_| draws.random_range(0..9)).collect();
     for pairs in [RotaryPairs::HalfApart, RotaryPairs::Adjacent] {
-        let mut x = Framed::filled(rng, rows, heads * head_dim);
+        let mut x = Framed::filled(draws, rows, heads * head_dim);
         let mut want = x.rows();
         for (row, &position) in want.iter_mut().zip(&positions) {
             let (cos, sin) = (f64s(&cos, position as usize), f64s(&sin, position as usize));
@@ -216,13 +228,14 @@ fn turn(context: &Context, rng: &mut StdRng) {
     }
 }
 
-fn embed(context: &Context, rng: &mut StdRng) {
-    let (rows, cols, vocab) = (size(rng, 9), size(rng, 100), size(rng, 20));
+fn embed(context: &Context, draws: &mut Draws) {
+    let (rows, cols, vocab) = (size(draws, 9), size(draws, 100), size(draws, 20));
     for dtype in FLOATS {
-        let table = tensor(rng, vocab, cols + 3, dtype).narrow_cols(rng.random_range(0..=3), cols);
-        let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..2 * vocab as u32)).collect();
-        let first_id = rng.random_range(0..vocab as u32);
-        let mut out = Framed::new(rng, rows, cols);
+        let table =
+            tensor(&mut draws.values, vocab, cols + 3, dtype).narrow_cols(draws.random_range(0..=3), cols);
+        let ids: Vec<u32> = (0..rows).map(|_| draws.random_range(0..2 * vocab as u32)).collect();
+        let first_id = draws.random_range(0..vocab as u32);
+        let mut out = Framed::new(draws, rows, cols);
         embedding::embedding(context, View::from_slice(&ids, 1, rows), &table, first_id, out.view_mut())
             .expect("shapes fit");
         let want: Vec<f64> = ids
@@ -236,30 +249,30 @@ fn embed(context: &Context, rng: &mut StdRng) {
     }
 }
 
-fn gather(context: &Context, rng: &mut StdRng) {
-    let (rows, cols, from) = (size(rng, 9), size(rng, 100), size(rng, 20));
-    let x = Framed::filled(rng, from, cols);
-    let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..from as u32)).collect();
-    let mut out = Framed::new(rng, rows, cols);
+fn gather(context: &Context, draws: &mut Draws) {
+    let (rows, cols, from) = (size(draws, 9), size(draws, 100), size(draws, 20));
+    let x = Framed::filled(draws, from, cols);
+    let ids: Vec<u32> = (0..rows).map(|_| draws.random_range(0..from as u32)).collect();
+    let mut out = Framed::new(draws, rows, cols);
     embedding::gather_rows(context, x.view(), View::from_slice(&ids, 1, rows), out.view_mut())
         .expect("shapes fit");
     let rows = x.rows();
     out.check(&ids.iter().flat_map(|&id| rows[id as usize].clone()).collect::<Vec<_>>(), 0.0, "gather_rows");
 }
 
-fn product(context: &Context, rng: &mut StdRng) {
-    let (rows, k) = (size(rng, 24), size(rng, 90));
-    let mut x = Framed::filled(rng, rows, k);
+fn product(context: &Context, draws: &mut Draws) {
+    let (rows, k) = (size(draws, 24), size(draws, 90));
+    let mut x = Framed::filled(draws, rows, k);
     // Where the CPU multiplies in bf16, it rounds x first.
     for value in x.whole.as_mut_slice::<f32>() {
         *value = bf16::from_f32(*value).to_f32();
     }
     for dtype in FLOATS {
-        let outputs = [size(rng, 30), size(rng, 9)];
-        let left = rng.random_range(0..=2);
-        let weights = outputs.map(|n| tensor(rng, n, k + 2, dtype).narrow_cols(left, k));
-        let bias = tensor(rng, 1, outputs[1], DType::F32);
-        let mut out = Framed::new(rng, rows, outputs[0] + outputs[1]);
+        let outputs = [size(draws, 30), size(draws, 9)];
+        let left = draws.random_range(0..=2);
+        let weights = outputs.map(|n| tensor(&mut draws.values, n, k + 2, dtype).narrow_cols(left, k));
+        let bias = tensor(&mut draws.values, 1, outputs[1], DType::F32);
+        let mut out = Framed::new(draws, rows, outputs[0] + outputs[1]);
         let parts = [
             LinearPart { weight: Weight::Dense(&weights[0]), bias: None },
             LinearPart { weight: Weight::Dense(&weights[1]), bias: Some(&bias) },
@@ -276,21 +289,21 @@ fn product(context: &Context, rng: &mut StdRng) {
     }
 }
 
-fn attend(context: &Context, rng: &mut StdRng) {
-    let (kv_heads, group, head_dim) = (size(rng, 3), size(rng, 9), size(rng, 70));
-    let (block_size, len) = (size(rng, 40), size(rng, 150));
-    let rows = rng.random_range(1..=len);
+fn attend(context: &Context, draws: &mut Draws) {
+    let (kv_heads, group, head_dim) = (size(draws, 3), size(draws, 9), size(draws, 70));
+    let (block_size, len) = (size(draws, 40), size(draws, 150));
+    let rows = draws.random_range(1..=len);
     let num_blocks = len.div_ceil(block_size);
-    let window = [None, Some(rng.random_range(1..=len))][rng.random_range(0..2)];
-    let soft_cap = rng.random_bool(0.5).then(|| rng.random_range(0.5..30.0_f32));
+    let window = [None, Some(draws.random_range(1..=len))][draws.random_range(0..2)];
+    let soft_cap = draws.random_bool(0.5).then(|| draws.random_range(0.5..30.0_f32));
     let mut of_heads = || -> Option<Vec<f32>> {
         let heads = 0..kv_heads * group;
-        rng.random_bool(0.5).then(|| heads.map(|_| rng.random_range(0.0..1.0)).collect())
+        draws.random_bool(0.5).then(|| heads.map(|_| draws.values.random_range(0.0..1.0)).collect())
     };
     let (slopes, sinks) = (of_heads(), of_heads());
     let kv_cols = kv_heads * head_dim;
     for dtype in FLOATS {
-        let (keys, values) = (Framed::filled(rng, len, kv_cols), Framed::filled(rng, len, kv_cols));
+        let (keys, values) = (Framed::filled(draws, len, kv_cols), Framed::filled(draws, len, kv_cols));
         let mut cache =
             KvLayer::new(context, num_blocks, kv_heads, block_size, head_dim, dtype).expect("a float type");
         // Backwards, so that neighbours are not.
@@ -299,8 +312,8 @@ fn attend(context: &Context, rng: &mut StdRng) {
         let slots: Vec<u32> = (0..len).map(slot).collect();
         write_kv(context, keys.view(), values.view(), View::from_slice(&slots, 1, len), &mut cache)
             .expect("shapes fit");
-        let query = Framed::filled(rng, rows, group * kv_cols);
-        let mut out = Framed::new(rng, rows, group * kv_cols);
+        let query = Framed::filled(draws, rows, group * kv_cols);
+        let mut out = Framed::new(draws, rows, group * kv_cols);
         let (query_starts, kv_lens) = ([0, rows as u32], [len as u32]);
         let batch = AttentionBatch::from_slices(&query_starts, &kv_lens, &table, num_blocks);
         let heads = kv_heads * group;
@@ -348,15 +361,15 @@ fn attend(context: &Context, rng: &mut StdRng) {
     }
 }
 
-fn int8_product(context: &Context, rng: &mut StdRng) {
-    let (rows, k, n) = (size(rng, 24), size(rng, 90), size(rng, 40));
-    let left = rng.random_range(0..=2);
-    let values: Vec<u8> = (0..n * (k + 2)).map(|_| rng.random()).collect();
-    let scales = tensor(rng, 1, n, DType::F32);
+fn int8_product(context: &Context, draws: &mut Draws) {
+    let (rows, k, n) = (size(draws, 24), size(draws, 90), size(draws, 40));
+    let left = draws.random_range(0..=2);
+    let values: Vec<u8> = (0..n * (k + 2)).map(|_| draws.values.random()).collect();
+    let scales = tensor(&mut draws.values, 1, n, DType::F32);
     let whole = Int8Weight::new(Tensor::from_slice(&values, n, k + 2), scales.clone()).expect("shapes fit");
     let weight = whole.narrow_cols(left, k);
-    let (x, bias) = (Framed::filled(rng, rows, k), tensor(rng, 1, n, DType::F32));
-    let mut out = Framed::new(rng, rows, n);
+    let (x, bias) = (Framed::filled(draws, rows, k), tensor(&mut draws.values, 1, n, DType::F32));
+    let mut out = Framed::new(draws, rows, n);
     let part = LinearPart { weight: Weight::Int8(&weight), bias: Some(&bias) };
     linear(context, x.view(), &[part], out.view_mut()).expect("shapes fit");
     let (scales, bias) = (f64s(&scales, 0), f64s(&bias, 0));
@@ -372,14 +385,14 @@ fn int8_product(context: &Context, rng: &mut StdRng) {
 }
 
 /// Each expert multiplies with its number plus one.
-fn experts(context: &Context, rng: &mut StdRng) {
-    let (rows, cols, num_experts) = (size(rng, 20), size(rng, 100), size(rng, 30));
+fn experts(context: &Context, draws: &mut Draws) {
+    let (rows, cols, num_experts) = (size(draws, 20), size(draws, 100), size(draws, 30));
     let top_k =
-        TopK { experts_per_row: rng.random_range(1..=num_experts), renormalize: rng.random_bool(0.5) };
-    let (router, x) = (Framed::filled(rng, rows, num_experts), Framed::filled(rng, rows, cols));
+        TopK { experts_per_row: draws.random_range(1..=num_experts), renormalize: draws.random_bool(0.5) };
+    let (router, x) = (Framed::filled(draws, rows, num_experts), Framed::filled(draws, rows, cols));
     let mut routing = Routing::default();
     routing.route(context, router.view(), top_k).expect("shapes fit");
-    let mut gathered = Framed::new(rng, rows * top_k.experts_per_row, cols);
+    let mut gathered = Framed::new(draws, rows * top_k.experts_per_row, cols);
     routing.gather(context, x.view(), gathered.view_mut()).expect("shapes fit");
     let [top, left, ..] = gathered.place;
     let stride = gathered.whole.cols();
@@ -391,7 +404,7 @@ fn experts(context: &Context, rng: &mut StdRng) {
             }
         }
     }
-    let mut out = Framed::new(rng, rows, cols);
+    let mut out = Framed::new(draws, rows, cols);
     routing.combine(context, gathered.view(), out.view_mut()).expect("shapes fit");
     let mut want = Vec::new();
     for (logits, x) in router.rows().iter().zip(x.rows()) {
@@ -406,9 +419,9 @@ fn experts(context: &Context, rng: &mut StdRng) {
     out.check(&want, 1e-5, "experts");
 }
 
-fn distribution(_: &Context, rng: &mut StdRng) {
-    let len = size(rng, 3000);
-    let row = Framed::filled(rng, 1, len).values();
+fn distribution(_: &Context, draws: &mut Draws) {
+    let len = size(draws, 3000);
+    let row = Framed::filled(draws, 1, len).values();
     let greatest = logits::greatest(&row);
     let first = row.iter().position(|&logit| logit.to_bits() == greatest.logit.to_bits());
     assert!(row.iter().all(|&logit| logit <= greatest.logit) && first == Some(greatest.index));
