@@ -23,6 +23,10 @@ pub struct RouterConfig {
     #[arg(long, env = "MAX_CONCURRENT_REQUESTS", default_value_t = 128, value_parser = at_least_one)]
     pub max_concurrent_requests: usize,
 
+    /// Most sequences of which an answer may be the best (`best_of`)
+    #[arg(long, env = "MAX_BEST_OF", default_value_t = 2, value_parser = at_least_one)]
+    pub max_best_of: usize,
+
     /// Longest prompt in tokens [default: max-total-tokens - 1]
     #[arg(long, env = "MAX_INPUT_TOKENS", value_parser = at_least_one)]
     pub max_input_tokens: Option<usize>,

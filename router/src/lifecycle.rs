@@ -145,6 +145,7 @@ fn new_serving(
         vocab_size: info.vocab_size,
         max_concurrent_requests: config.max_concurrent_requests,
         request_timeout: config.request_timeout(),
+        max_best_of: config.max_best_of,
     };
     let workers = TextWorkers::new(config.max_concurrent_requests);
     let validator = Validator { tokenizer: Arc::clone(tokenizer), chat_template, workers, limits };

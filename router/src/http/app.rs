@@ -84,6 +84,8 @@ pub(crate) struct Generation {
     pub(crate) prompt_tokens: usize,
     /// How many of `streams` continue the same prompt.
     pub(crate) choices_per_prompt: usize,
+    /// Those of them that are told.
+    pub(crate) answers_per_prompt: usize,
     /// When the request arrived.
     pub(crate) arrived: Instant,
     /// Time spent on checking, templating and tokenizing.
@@ -186,6 +188,7 @@ impl App {
             sequences: valid.sequences,
             prompt_tokens: valid.prompt_tokens,
             choices_per_prompt: valid.choices_per_prompt,
+            answers_per_prompt: valid.answers_per_prompt,
             arrived,
             validation_time,
         })

@@ -61,6 +61,11 @@ impl Endpoint for ChatCompletions {
         let variables: Option<Map<String, Value>> = fields.take("chat_template_kwargs")?;
         // The older name of the same field.
         let max_tokens: Option<u32> = fields.take("max_tokens")?;
+        fields.refuse(
+            "best_of",
+            |value| value.as_u64() == Some(1),
+            "use `n`, and choose one of the answers",
+        )?;
         let generation = GenerationRequest {
             prompt: Prompt::Chat(Conversation { messages, tools, variables: variables.unwrap_or_default() }),
             dialect: Dialect::OpenAi,
@@ -71,6 +76,7 @@ impl Endpoint for ChatCompletions {
             prompt_logprobs: false,
             stop: fields.strings("stop")?,
             n: fields.take("n")?.unwrap_or(1),
+            best_of: None,
             truncate: None,
             standing,
         };

@@ -66,6 +66,7 @@ impl Endpoint for Completions {
             prompt_logprobs: false,
             stop: fields.strings("stop")?,
             n: fields.take("n")?.unwrap_or(1),
+            best_of: fields.take("best_of")?,
             truncate: None,
             standing,
         };

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::app::{App, Generation};
+use super::best_of;
 use super::caller::{self, Caller};
 use super::error::{self, TgiError};
 use super::fields::Fields;
@@ -90,6 +91,10 @@ async fn answer(app: &Arc<App>, request: Request, endpoint: Endpoint) -> Result<
         let message = "`decoder_input_details` == true is not supported when streaming tokens";
         return Err(RequestError::invalid("decoder_input_details", message));
     }
+    if mode == Mode::Stream && generation.choices() > 1 {
+        let message = "`best_of` != 1 is not supported when streaming tokens";
+        return Err(RequestError::invalid("best_of", message));
+    }
     let input_characters = inputs.chars().count();
     let generation = app.generate(generation, arrived).await?;
     let full_text_before = if report.full_text { inputs } else { String::new() };
@@ -131,11 +136,6 @@ impl TgiRequest {
         // TGI samples where no parameters are given at all.
         let do_sample_default = given.is_none();
         let mut parameters = given.unwrap_or_default();
-        parameters.refuse(
-            "best_of",
-            |value| value.as_u64() == Some(1),
-            "send several requests, and choose one",
-        )?;
         parameters.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
         parameters.refuse(
             "grammar",
@@ -178,6 +178,7 @@ impl TgiRequest {
             prompt_logprobs: prefill,
             stop: parameters.strings("stop")?,
             n: 1,
+            best_of: parameters.take("best_of")?,
             truncate: parameters.take("truncate")?,
             standing: caller.take(&mut parameters)?,
         };
@@ -245,13 +246,20 @@ async fn whole(
     input_characters: usize,
     mut generation: Generation,
 ) -> Result<Response, RequestError> {
-    let sequence = generation.sequences.remove(0);
+    let sequences = std::mem::take(&mut generation.sequences);
     let (arrived, validation) = (generation.arrived, generation.validation_time);
-    let generated = generation.collect().await?.remove(0);
-    let details = (report.details != Details::None)
-        .then(|| WholeDetails::new(&app.tokenizer, report, &sequence, &generated));
+    let all = generation.collect().await?;
+    let best = best_of::most_likely(&all);
+    let (sequence, generated) = (&sequences[best], &all[best]);
+    let details = (report.details != Details::None).then(|| {
+        let of = |index: usize| WholeDetails::new(&app.tokenizer, report, &sequences[index], &all[index]);
+        let others = (0..all.len()).filter(|&index| index != best);
+        let others =
+            others.map(|index| OtherSequence { generated_text: &all[index].text, details: of(index) });
+        WholeDetails { best_of_sequences: (all.len() > 1).then(|| others.collect()), ..of(best) }
+    });
     let times = Times { total: arrived.elapsed(), validation };
-    let mut headers = time_headers(&times, sequence.prompt.len(), &generated);
+    let mut headers = time_headers(&times, sequence.prompt.len(), generated);
     headers.extend(compute_headers(app, input_characters));
     let body = Whole { generated_text: full_text_before + &generated.text, details };
     Ok(match mode {
@@ -276,6 +284,16 @@ struct WholeDetails<'a> {
     tokens: Vec<TokenJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     top_tokens: Option<Vec<Vec<TokenJson<'a>>>>,
+    /// The sequences that were less likely, where there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    best_of_sequences: Option<Vec<OtherSequence<'a>>>,
+}
+
+#[derive(Serialize)]
+struct OtherSequence<'a> {
+    generated_text: &'a str,
+    #[serde(flatten)]
+    details: WholeDetails<'a>,
 }
 
 impl<'a> WholeDetails<'a> {
@@ -291,6 +309,7 @@ impl<'a> WholeDetails<'a> {
             },
             tokens: generated.tokens.iter().map(|token| generated_token(tokenizer, token)).collect(),
             top_tokens: report.top_tokens.then(top),
+            best_of_sequences: None,
         }
     }
 }

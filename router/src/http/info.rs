@@ -24,7 +24,7 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Json<Value> {
         "model_dtype": info.map(|info| info.dtype.to_string()),
         "model_device_type": info.map(|info| info.device.to_string()),
         "max_concurrent_requests": app.config.max_concurrent_requests,
-        "max_best_of": 1,
+        "max_best_of": app.config.max_best_of,
         "max_stop_sequences": 4,
         "max_input_tokens": info.map(|info| info.max_input_tokens),
         "max_total_tokens": info.map(|info| info.max_total_tokens),

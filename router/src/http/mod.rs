@@ -2,6 +2,7 @@
 //! endpoint is a file, and does no more than translate.
 
 mod app;
+mod best_of;
 mod caller;
 mod chat_completions;
 mod completions;

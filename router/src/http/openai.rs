@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::app::{App, Generation};
+use super::best_of;
 use super::caller::Caller;
 use super::error::{self, OpenAiError};
 use super::fields::Fields;
@@ -105,6 +106,10 @@ async fn answer<E: Endpoint>(app: &Arc<App>, request: Request) -> Result<Respons
     fields.without_effect(WITHOUT_EFFECT);
     fields.finish();
 
+    if streaming.stream && generation.choices() > generation.n {
+        let message = "`best_of` above `n` cannot be streamed: which sequence is best is known at the end";
+        return Err(RequestError::invalid("best_of", message));
+    }
     let generation = app.generate(generation, arrived).await?;
     if streaming.stream {
         let frames = ChunkFrames::new(app, endpoint, &generation, streaming.include_usage);
@@ -120,9 +125,13 @@ async fn whole<E: Endpoint>(
     generation: Generation,
 ) -> Result<Response, RequestError> {
     let mut tally = Tally::new(&generation);
-    let choices = generation.collect().await?;
+    let (per_prompt, answers) = (generation.choices_per_prompt, generation.answers_per_prompt);
+    let mut choices = generation.collect().await?;
     for (index, choice) in choices.iter().enumerate() {
         tally.add(index, &choice.end);
+    }
+    if answers < per_prompt {
+        choices = best_of::keep_best(choices, per_prompt, answers);
     }
     let choices = choices.into_iter().enumerate();
     let choices = choices.map(|(index, choice)| endpoint.whole(&app.tokenizer, index, choice)).collect();
@@ -385,6 +394,5 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), RequestError> {
     fields.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in the prompt")?;
     fields.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
     fields.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
-    fields.refuse("best_of", |value| value.as_u64() == Some(1), "use `n`, and choose one of the answers")?;
     fields.refuse("use_beam_search", |value| *value == Value::Bool(false), "leave it out")
 }

@@ -27,11 +27,38 @@ pub(crate) struct Limits {
     pub(crate) vocab_size: usize,
     /// Most sequences at once; a request with more would never be taken.
     pub(crate) max_concurrent_requests: usize,
+    /// Most sequences of which an answer is the best.
+    pub(crate) max_best_of: usize,
     /// Most time that a request gets; none: any.
     pub(crate) request_timeout: Option<Duration>,
 }
 
 impl Limits {
+    /// Whether there is something to choose from, and not too much.
+    pub(super) fn check_best_of(
+        &self,
+        request: &GenerationRequest,
+        is_sampled: bool,
+    ) -> Result<(), RequestError> {
+        let Some(best_of) = request.best_of else { return Ok(()) };
+        let invalid = |message: String| Err(RequestError::invalid("best_of", message));
+        if best_of == 0 || best_of as usize > self.max_best_of {
+            return invalid(format!(
+                "`best_of` must be > 0 and <= {}. Given: {best_of}; the server's flag --max-best-of allows more",
+                self.max_best_of
+            ));
+        }
+        if best_of < request.n {
+            return invalid(format!("`best_of` must be >= `n`, which is {}. Given: {best_of}", request.n));
+        }
+        if best_of > request.n && !is_sampled {
+            return invalid(
+                "you must use sampling when `best_of` is > 1: the sequences would be the same".to_owned(),
+            );
+        }
+        Ok(())
+    }
+
     /// Everything that can be said without the prompt's tokens.
     pub(super) fn check_counts(&self, request: &GenerationRequest) -> Result<(), RequestError> {
         let num_prompts = match &request.prompt {
@@ -50,15 +77,16 @@ impl Limits {
             );
             return Err(RequestError::invalid(prompt_param, message));
         }
-        let n = request.n as usize;
+        let n = request.choices() as usize;
         let max_n = self.max_concurrent_requests / num_prompts;
-        if n == 0 || n > max_n {
+        if request.n == 0 || n > max_n {
+            let param = if request.best_of.is_some() && request.n > 0 { "best_of" } else { "n" };
             let message = format!(
-                "`n` must be > 0 and, with {num_prompts} prompt(s), <= {max_n}, as the server takes \
+                "`{param}` must be > 0 and, with {num_prompts} prompt(s), <= {max_n}, as the server takes \
                  {} sequences at once. Given: {n}",
                 self.max_concurrent_requests
             );
-            return Err(RequestError::invalid("n", message));
+            return Err(RequestError::invalid(param, message));
         }
         if request.top_n_tokens > MAX_TOP_N_TOKENS {
             let param = request.dialect.top_n_tokens();
@@ -128,6 +156,11 @@ impl Limits {
 }
 
 impl GenerationRequest {
+    /// Sequences computed for each prompt.
+    pub(crate) fn choices(&self) -> u32 {
+        self.best_of.unwrap_or(self.n)
+    }
+
     fn prompt_param(&self) -> &'static str {
         match (&self.prompt, self.dialect) {
             (Prompt::Chat(_), _) => "messages",

@@ -38,8 +38,10 @@ pub(crate) struct GenerationRequest {
     pub(crate) prompt_logprobs: bool,
     /// Texts at which the output ends.
     pub(crate) stop: Vec<String>,
-    /// Choices for each prompt.
+    /// Answers to each prompt.
     pub(crate) n: u32,
+    /// Sequences computed for each prompt, of which the `n` most likely ones are its answers; absent: `n`.
+    pub(crate) best_of: Option<u32>,
     /// Of a longer prompt, take only that many last tokens.
     pub(crate) truncate: Option<usize>,
     /// Where it stands among others.
@@ -66,8 +68,10 @@ pub(crate) struct ValidRequest {
     pub(crate) stop: StopStrings,
     /// Tokens of the prompts, each counted once.
     pub(crate) prompt_tokens: usize,
-    /// `n`.
+    /// Sequences of each prompt: `best_of` or `n`.
     pub(crate) choices_per_prompt: usize,
+    /// `n`: those of them that are told.
+    pub(crate) answers_per_prompt: usize,
 }
 
 /// Makes valid requests.
@@ -87,14 +91,16 @@ impl Validator {
     pub(crate) async fn validate(&self, request: GenerationRequest) -> Result<ValidRequest, RequestError> {
         let limits = &self.limits;
         let sampling = request.sampling.check(request.dialect, limits.vocab_size)?;
+        limits.check_best_of(&request, sampling.temperature > 0.0)?;
         limits.check_counts(&request)?;
+        let choices = request.choices();
         let (standing, cache_namespace) = request.standing.check(limits.request_timeout)?;
         let stop_text = match request.dialect {
             Dialect::OpenAi => StopText::Cut,
             Dialect::Tgi => StopText::Keep,
         };
         let mut prompts = self.tokenize(request.prompt).await?;
-        let mut sequences = Vec::with_capacity(prompts.len() * request.n as usize);
+        let mut sequences = Vec::with_capacity(prompts.len() * choices as usize);
         let mut prompt_tokens = 0;
         for prompt in &mut prompts {
             if let Some(truncate) = request.truncate {
@@ -104,7 +110,7 @@ impl Validator {
             let max_new_tokens =
                 limits.max_new_tokens(prompt.len(), request.max_new_tokens, request.dialect)?;
             prompt_tokens += prompt.len();
-            for choice in 0..request.n {
+            for choice in 0..choices {
                 let mut sampling = sampling.clone();
                 sampling.seed = sampling.seed.wrapping_add(u64::from(choice));
                 sequences.push(TokenRequest {
@@ -123,7 +129,8 @@ impl Validator {
             sequences,
             stop: StopStrings::new(request.stop, stop_text),
             prompt_tokens,
-            choices_per_prompt: request.n as usize,
+            choices_per_prompt: choices as usize,
+            answers_per_prompt: request.n as usize,
         })
     }
 
@@ -184,6 +191,7 @@ pub(crate) mod tests {
                 vocab_size: 265,
                 max_concurrent_requests: 8,
                 request_timeout: None,
+                max_best_of: 3,
             },
         }
     }
@@ -199,6 +207,7 @@ pub(crate) mod tests {
             prompt_logprobs: false,
             stop: Vec::new(),
             n: 1,
+            best_of: None,
             truncate: None,
             standing: StandingParameters::default(),
         }
@@ -262,6 +271,14 @@ pub(crate) mod tests {
         check(error(|r| r.max_new_tokens = Some(0)).await, &["strictly positive"]);
         check(error(|r| r.n = 9).await, &["`n`", "8"]);
         check(error(|r| r.n = 0).await, &["`n`"]);
+        check(
+            error(|r| r.best_of = Some(4)).await,
+            &["`best_of` must be > 0 and <= 3. Given: 4", "--max-best-of"],
+        );
+        check(error(|r| r.best_of = Some(0)).await, &["`best_of` must be > 0"]);
+        check(error(|r| (r.n, r.best_of) = (3, Some(2))).await, &["`best_of`", "`n`, which is 3"]);
+        let greedy = |r: &mut GenerationRequest| (r.best_of, r.sampling.temperature) = (Some(2), Some(0.0));
+        check(error(greedy).await, &["you must use sampling when `best_of` is > 1"]);
         check(error(|r| r.stop = vec!["x".to_owned(); 5]).await, &["`stop`", "4", "5"]);
         check(error(|r| r.stop = vec![String::new()]).await, &["`stop`", "empty"]);
         check(error(|r| r.stop = vec!["x".repeat(257)]).await, &["`stop`", "256"]);

@@ -70,8 +70,15 @@ async fn errors_have_their_status_and_the_apis_form() {
         check(path, &with(json!({"grammar": {"type": "json"}})), unprocessable, "`grammar`").await;
         check(path, &with(json!({"adapter_id": "x"})), unprocessable, "`adapter_id`").await;
         check(path, &with(json!({"watermark": true})), unprocessable, "`watermark`").await;
-        check(path, &with(json!({"best_of": 2})), unprocessable, "`best_of`").await;
+        check(path, &with(json!({"best_of": 3})), unprocessable, "`best_of`").await;
     }
+    let twice = json!({"inputs": "a", "parameters": {"best_of": 2, "do_sample": true}});
+    check("/generate_stream", &twice, unprocessable, "not supported when streaming").await;
+    let greedy = json!({"inputs": "a", "parameters": {"best_of": 2}});
+    check("/generate", &greedy, unprocessable, "you must use sampling when `best_of` is > 1").await;
+    check(texts, &json!({"prompt": "a", "best_of": 2, "stream": true}), bad, "cannot be streamed").await;
+    check(texts, &json!({"prompt": "a", "best_of": 1, "n": 2}), bad, "`best_of` must be >= `n`").await;
+    check(texts, &json!({"prompt": "a", "best_of": 9}), bad, "--max-best-of").await;
     let prefill = json!({"inputs": "a", "parameters": {"decoder_input_details": true}});
     check("/generate_stream", &prefill, unprocessable, "`decoder_input_details`").await;
 }

@@ -125,6 +125,17 @@ fn with_script(script: Script) -> Fixture {
     fixture
 }
 
+/// As [`says`], less likely: each token has this log-probability.
+fn says_at(text: &str, logprob: f32) -> Vec<TokenEvent> {
+    let mut events = says(text);
+    for event in &mut events {
+        if let TokenEvent::Token { token, .. } = event {
+            token.logprob = logprob;
+        }
+    }
+    events
+}
+
 fn serving(answers: &[&str]) -> Fixture {
     let answers = answers.iter().map(|text| says(text)).collect();
     with_script(Script { answers: Mutex::new(answers), ..Default::default() })

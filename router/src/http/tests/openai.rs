@@ -196,3 +196,18 @@ async fn values_that_ask_for_nothing_are_accepted() {
     let (status, answer) = serving(&["ok"]).answer("/generate", &body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
 }
+
+#[tokio::test]
+async fn completions_keep_the_likeliest_of_each_prompt_and_count_all() {
+    let answers = [("a", -2.0), ("bb", -1.0), ("ccc", -1.0), ("d", -3.0)];
+    let answers = answers.map(|(text, logprob)| says_at(text, logprob));
+    let fixture = with_script(Script { answers: Mutex::new(answers.into()), ..Default::default() });
+    let body = json!({"prompt": ["x", "y"], "best_of": 2, "max_tokens": 9});
+    let (status, answer) = fixture.answer("/v1/completions", &body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let texts: Vec<_> = answer["choices"].as_array().unwrap().iter().map(|choice| &choice["text"]).collect();
+    assert_eq!(texts, ["bb", "ccc"]);
+    assert_eq!(answer["choices"][1]["index"], 1);
+    assert_eq!(answer["usage"]["prompt_tokens"], 2);
+    assert_eq!(answer["usage"]["completion_tokens"], 2 + 3 + 4 + 2);
+}

@@ -90,3 +90,29 @@ async fn log_probabilities_have_the_same_digits_streamed_or_not() {
         assert!(text.contains("\"logprob\":-0.1,"), "{text}");
     }
 }
+
+#[tokio::test]
+async fn generate_answers_with_the_likeliest_of_several() {
+    let answers = [says_at("longer", -0.5), says_at("ab", -0.1)];
+    let fixture = with_script(Script { answers: Mutex::new(answers.into()), ..Default::default() });
+    let parameters = json!({"best_of": 2, "do_sample": true, "seed": 5, "details": true});
+    let (status, answer) =
+        fixture.answer("/generate", &json!({"inputs": "x", "parameters": parameters})).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert_eq!(answer["generated_text"], "ab");
+    let details = &answer["details"];
+    assert_eq!((&details["seed"], &details["generated_tokens"]), (&json!(6), &json!(3)));
+    let others = details["best_of_sequences"].as_array().unwrap();
+    assert_eq!(others.len(), 1);
+    assert_eq!((&others[0]["generated_text"], &others[0]["seed"]), (&json!("longer"), &json!(5)));
+    assert_eq!(others[0]["tokens"].as_array().unwrap().len(), 7);
+    assert!(others[0].get("best_of_sequences").is_none());
+}
+
+#[tokio::test]
+async fn the_likeliest_is_told_alone_without_details() {
+    let answers = [says_at("a", -0.5), says_at("b", f32::NAN)];
+    let fixture = with_script(Script { answers: Mutex::new(answers.into()), ..Default::default() });
+    let body = json!({"inputs": "x", "parameters": {"best_of": 2, "do_sample": true}});
+    assert_eq!(fixture.answer("/generate", &body).await.1, json!({"generated_text": "a"}));
+}
