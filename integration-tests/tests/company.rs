@@ -182,7 +182,9 @@ async fn a_request_that_is_preempted_twice_gets_what_it_gets_undisturbed() {
     });
     let with = |parts: &[&Value]| {
         let mut sampling = json!({"temperature": 0.0});
-        parts.iter().for_each(|part| merge(&mut sampling, (*part).clone()));
+        for part in parts {
+            merge(&mut sampling, (*part).clone());
+        }
         sampling
     };
     let samplings = [

@@ -108,6 +108,7 @@ mod tests {
             hostname: [127, 0, 0, 1].into(),
             port: 0,
             max_concurrent_requests: 7,
+            max_best_of: 3,
             max_input_tokens: None,
             max_total_tokens: Some(99),
             max_batch_prefill_tokens: None,
