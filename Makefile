@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-memory gpu-check soak toolchain
+.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-asan check-memory fuzz gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -110,6 +110,35 @@ bench-shard: build ## Measure one shard without router and HTTP (make bench-shar
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation queue router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)
+
+# What watches memory is compiled into a build of its own (minutes, once). The stable compiler has it, but lets only its own
+# project switch it on (RUSTC_BOOTSTRAP); it needs no other tool. With debug assertions and overflow checks in the kernels.
+SANITIZED := x86_64-unknown-linux-gnu
+SANITIZED_TARGET := $(TARGET)/sanitized
+SANITIZER := -Zsanitizer=address
+SANITIZED_KERNELS := --config profile.release.debug=0 --config profile.release.package.kernels.debug-assertions=true \
+  --config profile.release.package.kernels.overflow-checks=true
+
+# Without the search for leaks: the test that kills a process leaves what that one had. FUZZ_CASES=n sets how many shapes.
+check-asan: toolchain ## Run the kernels' tests under AddressSanitizer, for all of this CPU's instruction sets (x86-64 Linux)
+	@test "$$($(RUSTC) --print host-tuple)" = $(SANITIZED) || { echo "check-asan runs on $(SANITIZED) only." >&2; exit 1; }
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(SANITIZER)" CARGO_TARGET_DIR=$(SANITIZED_TARGET) ASAN_OPTIONS=detect_leaks=0 \
+	  $(CARGO) test $(CARGO_FLAGS) $(SANITIZED_KERNELS) --target $(SANITIZED) --package kernels --no-fail-fast --lib \
+	  --test shapes --test linear --test attention --test moe --test logits --test rowwise --test collective
+
+# The kernels with libFuzzer's counters; what they depend on is that of `check-asan`. A failing case is written to
+# $(FUZZ)/failures; given to the executable as its argument, it runs alone.
+FUZZ := $(SANITIZED_TARGET)/fuzz
+
+fuzz: toolchain ## Search for shapes that kernels compute wrongly, so many seconds (make fuzz ARGS=60; x86-64 Linux)
+	@test "$$($(RUSTC) --print host-tuple)" = $(SANITIZED) || { echo "fuzz runs on $(SANITIZED) only." >&2; exit 1; }
+	@command -v $(or $(CXX),c++) >/dev/null || { echo "a C++ compiler is not installed: libFuzzer needs it." >&2; exit 1; }
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(SANITIZER)" CARGO_TARGET_DIR=$(SANITIZED_TARGET) \
+	  RUSTC_WRAPPER=$(abspath kernels/fuzz/rustc.sh) \
+	  $(CARGO) build $(CARGO_FLAGS) --target $(SANITIZED) --manifest-path kernels/fuzz/Cargo.toml
+	@mkdir -p $(FUZZ)/corpus $(FUZZ)/failures
+	ASAN_OPTIONS=detect_leaks=0 $(SANITIZED_TARGET)/$(SANITIZED)/release/shapes $(FUZZ)/corpus \
+	  -max_total_time=$(or $(ARGS),60) -max_len=256 -artifact_prefix=$(FUZZ)/failures/
 
 # Valgrind knows AVX2 but not AVX-512, so that is what the kernels choose. Slow: a case of each operation, and the pool.
 check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valgrind
