@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-asan check-memory fuzz gpu-check soak toolchain
+.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-asan check-memory fuzz test-gpu-check gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -90,7 +90,7 @@ lint: toolchain ## Check format and lints; warnings are errors
 format: toolchain ## Format all Rust code
 	$(CARGO) fmt --all
 
-ci: lint check-cuda test test-cuda ## What continuous integration runs
+ci: lint check-cuda test test-cuda test-gpu-check ## What continuous integration runs
 
 bench: toolchain ## Measure models against the machine's limits and other programs (a part: make bench ARGS="135m bf16 decode")
 	$(CARGO) bench --profile release --locked --workspace --bench models -- $(ARGS)
@@ -146,6 +146,14 @@ check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valg
 	$(CARGO) test $(CARGO_FLAGS) --workspace --test shapes --no-run
 	FUZZ_CASES=3 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=1" \
 	  $(CARGO) test $(CARGO_FLAGS) --workspace --test shapes
+
+# Packs without code for GPUs and runs, by the emulated driver, what `gpu-check` would run on a GPU.
+test-gpu-check: toolchain cuda-on-cpu ## Test that what `gpu-check` packs can be carried and runs, without a GPU
+	NVCC=$(NVCC_STAND_IN) integration-tests/gpu-check/pack.sh
+	rm -rf $(TARGET)/gpu-check/carried && mkdir $(TARGET)/gpu-check/carried
+	tar -C $(TARGET)/gpu-check/carried -xf $(TARGET)/gpu-check/gpu-check.tar.xz
+	CUDA_ON_CPU=$(CUDA_ON_CPU) CUDA_ON_CPU_DEVICES=2 CUDA_ON_CPU_MEMORY_BYTES=300000000 \
+	  $(TARGET)/gpu-check/carried/gpu-check/run.sh --dry-run --results $(TARGET)/gpu-check/results
 
 gpu-check: toolchain ## Pack what checks and measures the CUDA half on a machine with a GPU (below 64 MB; docs/how-to/check-on-a-gpu.md)
 	integration-tests/gpu-check/pack.sh

@@ -20,7 +20,7 @@ mkdir -p "$pack/target/release/deps" "$pack/repository/integration-tests"
 # The executables, from what cargo says that it built: `lamplighter`, each test that needs a GPU, the benchmarks.
 flags=(--release --locked --workspace --features cuda)
 $cargo build "${flags[@]}" --bins
-$cargo test "${flags[@]}" --no-run --message-format=json >"$target/gpu-check/tests.json"
+$cargo test "${flags[@]}" --test 'cuda_*' --no-run --message-format=json >"$target/gpu-check/tests.json"
 $cargo bench --profile release --locked --workspace --features cuda --bench shard --bench serving --bench device --no-run --message-format=json \
   >"$target/gpu-check/benches.json"
 python3 - "$target/gpu-check" "$pack" <<'PYTHON'
