@@ -138,7 +138,7 @@ fuzz: toolchain ## Search for shapes that kernels compute wrongly, so many secon
 	  $(CARGO) build $(CARGO_FLAGS) --target $(SANITIZED) --manifest-path kernels/fuzz/Cargo.toml
 	@mkdir -p $(FUZZ)/corpus $(FUZZ)/failures
 	ASAN_OPTIONS=detect_leaks=0 $(SANITIZED_TARGET)/$(SANITIZED)/release/shapes $(FUZZ)/corpus \
-	  -max_total_time=$(or $(ARGS),60) -max_len=256 -artifact_prefix=$(FUZZ)/failures/
+	  -max_total_time=$(or $(ARGS),60) -max_len=256 -len_control=0 -artifact_prefix=$(FUZZ)/failures/
 
 # Valgrind knows AVX2 but not AVX-512, so that is what the kernels choose. Slow: a case of each operation, and the pool.
 check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valgrind
