@@ -193,6 +193,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_bf16(self, to: *mut bf16, value: Self::Vector);
     /// Asks for the cache line at `address`, which may be any.
     fn prefetch(self, address: *const u8);
+    /// As [`Simd::prefetch`], for the L2 cache: for what is used later.
+    fn prefetch_far(self, address: *const u8);
 }
 
 /// Element types that vectors are loaded from and stored to.

@@ -275,6 +275,11 @@ impl Simd for Neon {
         // A hint that reads nothing, whatever the address; the compiler has no stable function for it.
         unsafe { asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
     }
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        // As above.
+        unsafe { asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
+    }
 }
 
 #[cfg(test)]

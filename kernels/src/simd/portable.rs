@@ -140,6 +140,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
+    #[inline(always)]
+    fn prefetch_far(self, _address: *const u8) {}
 }
 
 #[cfg(test)]

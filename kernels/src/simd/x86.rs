@@ -10,7 +10,7 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, __m512, __m512bh, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
+    _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
     _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_si128, _mm_unpackhi_epi64, _mm256_add_epi32,
     _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
@@ -62,6 +62,12 @@ fn max_of_eight(a: __m256) -> f32 {
 fn prefetch(address: *const u8) {
     // SAFETY: a hint that reads nothing and is in every x86-64.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+}
+
+#[inline(always)]
+fn prefetch_far(address: *const u8) {
+    // SAFETY: as above.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
 }
 
 #[derive(Clone, Copy)]
@@ -274,6 +280,10 @@ impl Simd for Avx2 {
     fn prefetch(self, address: *const u8) {
         prefetch(address);
     }
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        prefetch_far(address);
+    }
 }
 
 /// With or without `AVX512_BF16`.
@@ -446,5 +456,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         prefetch(address);
+    }
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        prefetch_far(address);
     }
 }

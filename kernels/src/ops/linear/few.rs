@@ -11,20 +11,34 @@ use crate::simd::{Kernel, LANES, Lanes, Simd};
 /// Up to this many rows the weights are read this way; above, it pays to turn them into a panel first.
 pub(super) const MOST_ROWS: usize = 16;
 
-/// Most rows of a tile.
+/// Most rows of a tile: their sums fit into registers beside a vector or two of weights.
 pub(super) fn tile_rows(wide: bool) -> usize {
-    if wide { 8 } else { 3 }
+    if wide { 8 } else { 6 }
 }
 
 const LINE_BYTES: usize = 64;
 
-/// Of x, what is used over and over lies in an L1 cache: of 32 KiB or more, or, with wide registers, of 48 KiB. Two tiles of
-/// rows leave no room for more.
+/// Of x, what is used over and over lies in an L1 cache: of 32 KiB or more, or, with wide registers, of 48 KiB.
 fn x_bytes(wide: bool, rows: usize) -> usize {
-    if wide && rows <= tile_rows(wide) { 24 << 10 } else { 16 << 10 }
+    if wide && rows > MEMORY_ORDER_ROWS { 32 << 10 } else { 24 << 10 }
 }
-/// Outputs whose sums are kept while a part of k is multiplied; all tiles' numbers of outputs divide it.
-const GROUP: usize = 96;
+
+/// Up to this, x is not cut into parts.
+const WHOLE_X_BYTES: usize = 24 << 10;
+
+/// Up to this many rows, a part's weights are done with before memory has answered for the next group's if these are asked for in
+/// the order of use, a piece of each row; in the order in which they lie, it answers sooner.
+const MEMORY_ORDER_ROWS: usize = 4;
+
+/// Most outputs whose sums are kept while a part of k is multiplied; all tiles' numbers of outputs divide it and its half.
+const GROUP: usize = 48;
+
+/// Weights of a group, which with those of the next are to stay in an L2 cache.
+const GROUP_BYTES: usize = 256 << 10;
+
+/// How far ahead lines are asked for, at least, where the weights are read from first to last: enough for memory to answer,
+/// and little enough to stay in the L1 cache.
+const AHEAD_BYTES: usize = 8 << 10;
 
 thread_local! {
     /// Sums of a group of outputs, to be carried on by the next part of k.
@@ -33,6 +47,11 @@ thread_local! {
 
 /// All rows of a block. Where there are several tiles of rows, the weights come from memory once, while those before are in
 /// use.
+///
+/// Memory is what binds here, and it gives most to few streams. So a tile has the fewest outputs that keep the multiply-add units
+/// busy, and lines are asked for ahead. A CPU may drop such requests while others are under way, so where k is cut into
+/// parts, and the weights are not read in one stream, each line is asked for twice: for the L2 cache while the group of
+/// outputs before is in use, and for the L1 cache one tile before its use.
 #[inline(always)]
 pub(super) fn few_rows<S: Simd, F: Format>(simd: S, block: &Block<F>) {
     // A closure is a function of its own, which the instruction set does not reach but by a call.
@@ -51,24 +70,46 @@ impl<F: Format> Kernel for Groups<'_, F> {
         let Input { rows, k, .. } = block.x;
         let num_tiles = block.x.num_tiles();
         let part_len = part_len::<S, F>(rows, k);
+        let group = match GROUP * block.weight_stride * size_of::<F::Element>() {
+            bytes if bytes <= GROUP_BYTES => GROUP,
+            _ => GROUP / 2,
+        };
         if part_len < k && carried.is_empty() {
             carried.resize(GROUP * MOST_ROWS, Lanes::ZERO);
         }
-        for first in (0..block.num_outputs).step_by(GROUP) {
-            let last = block.num_outputs.min(first + GROUP);
+        let line_len = LINE_BYTES / size_of::<F::Element>();
+        let lines_per_row = k.div_ceil(line_len).max(1);
+        // Where the weights are read from first to last.
+        let rows_ahead = match block.weight_stride * size_of::<F::Element>() {
+            row_bytes if part_len >= k => AHEAD_BYTES.div_ceil(row_bytes.max(1)),
+            _ => 0,
+        };
+        for first in (0..block.num_outputs).step_by(group) {
+            let last = block.num_outputs.min(first + group);
+            let asks_far = part_len < k && last + group <= block.num_outputs;
+            let mut lines_before = 0;
             for start in (0..k.max(1)).step_by(part_len) {
                 let part = start..k.min(start + part_len);
                 let mut output = first;
                 while output < last {
                     let most_rows = block.x.tile(num_tiles - 1).num_rows;
-                    let num_outputs = tile_outputs::<S>(most_rows, last - output);
-                    // Where the next weights begin: beside these, in the next part, or in the next group.
-                    let (next_output, next_start) = match (output + num_outputs, part.end) {
-                        (next, _) if next < last => (next, part.start),
-                        (next, end) if end == k => (next, 0),
-                        (_, end) => (first, end),
+                    let num_outputs = tile_outputs::<S, F>(most_rows, last - output);
+                    let at = output * block.weight_stride + part.start;
+                    let near = Stream {
+                        start: at + num_outputs.max(rows_ahead) * block.weight_stride,
+                        row: block.weight_stride,
+                        line: line_len,
                     };
-                    let next = next_output * block.weight_stride + next_start;
+                    let far = match rows {
+                        _ if !asks_far => near,
+                        ..=MEMORY_ORDER_ROWS => {
+                            let (row, line) = (lines_before / lines_per_row, lines_before % lines_per_row);
+                            let start = (last + row) * block.weight_stride + line * line_len;
+                            Stream { start, row: line_len, line: num_outputs * line_len }
+                        }
+                        _ => Stream { start: at + group * block.weight_stride, ..near },
+                    };
+                    lines_before += num_outputs * part.len().div_ceil(line_len);
                     for time in 0..num_tiles {
                         let rows_of_tile = block.x.tile(time);
                         let place = (output - first) * rows + num_outputs * rows_of_tile.row;
@@ -78,8 +119,8 @@ impl<F: Format> Kernel for Groups<'_, F> {
                             rows: rows_of_tile,
                             part: part.clone(),
                             carried: carried.as_mut_ptr().wrapping_add(place),
-                            next: block.weights.wrapping_add(next),
-                            prefetch: Prefetch { times_used: num_tiles, time },
+                            near,
+                            far,
                         };
                         tile.call(simd, num_outputs);
                     }
@@ -90,38 +131,41 @@ impl<F: Format> Kernel for Groups<'_, F> {
     }
 }
 
-/// Elements of k that are multiplied with a group of outputs before the next: all where x is small, or read seldom enough
-/// to come from the L2 cache.
+/// Elements of k that are multiplied with a group of outputs before the next: all where x is small.
 fn part_len<S: Simd, F: Format>(rows: usize, k: usize) -> usize {
     /// Whole cache lines and vectors of any type.
     const MULTIPLE: usize = 64;
-    const FEW: usize = 4;
+    let all = rows * k.div_ceil(F::PER_STEP) * size_of::<Lanes>();
     let most = x_bytes(S::WIDE, rows);
-    let x_bytes = rows * k.div_ceil(F::PER_STEP) * size_of::<Lanes>();
-    if rows <= FEW || x_bytes <= most * 4 / 3 {
-        return k.max(1);
-    }
-    (most / (rows * size_of::<Lanes>()) * F::PER_STEP).next_multiple_of(MULTIPLE)
+    // Half of a cache and more for all of x would leave too little for the weights that are asked for.
+    let parts = if all <= WHOLE_X_BYTES { 1 } else { all.div_ceil(most).max(2) };
+    k.div_ceil(parts).next_multiple_of(MULTIPLE).max(MULTIPLE)
 }
 
-/// Outputs of the next tile: as many as there are registers for.
+/// Outputs of the next tile: the fewest whose sums, each of which waits for its last addition, and whose loads keep the
+/// units busy. Found by trial, for each number of rows and bytes of weights in a vector.
 #[inline(always)]
-fn tile_outputs<S: Simd>(rows: usize, left: usize) -> usize {
-    let widest = match (S::WIDE, rows) {
-        (true, 3 | 4) => 6,
-        (true, 1 | 2 | 5 | 6) | (false, 1) => 4,
-        (true, _) => 3,
-        (false, _) => 2,
+fn tile_outputs<S: Simd, F: Format>(rows: usize, left: usize) -> usize {
+    let step_bytes = F::PER_STEP * size_of::<F::Element>();
+    let fewest = match (S::WIDE, step_bytes, rows) {
+        (true, 64.., ..=6) | (true, 32..64, ..=2) => 1,
+        (true, 32..64, 3..=6) | (true, ..32, 2..=6) => 4,
+        (true, ..) => 2,
+        (false, ..32, 1) => 4,
+        (false, _, 3) | (false, ..32, 2) => 2,
+        (false, ..) => 1,
     };
-    if left >= widest { widest } else { 1 }
+    if left >= fewest { fewest } else { 1 }
 }
 
-/// How often weights are used while they are in the cache, and which of these uses a tile is: each brings a part of the
-/// next tile's weights.
+/// Which weights are asked for beside each line of those in use, in elements from the block's first.
 #[derive(Clone, Copy)]
-struct Prefetch {
-    times_used: usize,
-    time: usize,
+struct Stream {
+    start: usize,
+    /// From what is asked for beside a line of one row to that of the next row.
+    row: usize,
+    /// The same from line to line of a row.
+    line: usize,
 }
 
 /// A few rows of weights times a few rows of x.
@@ -133,9 +177,10 @@ struct Tile<'a, F: Format> {
     part: Range<usize>,
     /// Its sums: those of the part before, or to be carried on by the next.
     carried: *mut Lanes,
-    /// The weights of the tile that comes next.
-    next: *const F::Element,
-    prefetch: Prefetch,
+    /// For the L1 cache: the next tile's weights, or those of one soon after.
+    near: Stream,
+    /// For the L2 cache: a share of the next group's, where there is one.
+    far: Stream,
 }
 
 impl<F: Format> Tile<'_, F> {
@@ -146,65 +191,27 @@ impl<F: Format> Tile<'_, F> {
             (1, 1) => simd.call(Sized::<F, 1, 1>(self)),
             (1, 2) => simd.call(Sized::<F, 1, 2>(self)),
             (1, 3) => simd.call(Sized::<F, 1, 3>(self)),
-            (1, 4) if S::WIDE => simd.call(Sized::<F, 1, 4>(self)),
-            (1, 5) if S::WIDE => simd.call(Sized::<F, 1, 5>(self)),
-            (1, 6) if S::WIDE => simd.call(Sized::<F, 1, 6>(self)),
+            (1, 4) => simd.call(Sized::<F, 1, 4>(self)),
+            (1, 5) => simd.call(Sized::<F, 1, 5>(self)),
+            (1, 6) => simd.call(Sized::<F, 1, 6>(self)),
             (1, 7) if S::WIDE => simd.call(Sized::<F, 1, 7>(self)),
             (1, 8) if S::WIDE => simd.call(Sized::<F, 1, 8>(self)),
+            (2, 1) => simd.call(Sized::<F, 2, 1>(self)),
+            (2, 2) => simd.call(Sized::<F, 2, 2>(self)),
+            (2, 3) => simd.call(Sized::<F, 2, 3>(self)),
+            (2, 4) if S::WIDE => simd.call(Sized::<F, 2, 4>(self)),
+            (2, 5) if S::WIDE => simd.call(Sized::<F, 2, 5>(self)),
+            (2, 6) if S::WIDE => simd.call(Sized::<F, 2, 6>(self)),
+            (2, 7) if S::WIDE => simd.call(Sized::<F, 2, 7>(self)),
+            (2, 8) if S::WIDE => simd.call(Sized::<F, 2, 8>(self)),
+            (4, 1) if !S::WIDE => simd.call(Sized::<F, 4, 1>(self)),
             (4, 2) if S::WIDE => simd.call(Sized::<F, 4, 2>(self)),
-            (6, 3) if S::WIDE => simd.call(Sized::<F, 6, 3>(self)),
-            (6, 4) if S::WIDE => simd.call(Sized::<F, 6, 4>(self)),
+            (4, 3) if S::WIDE => simd.call(Sized::<F, 4, 3>(self)),
+            (4, 4) if S::WIDE => simd.call(Sized::<F, 4, 4>(self)),
             (4, 5) if S::WIDE => simd.call(Sized::<F, 4, 5>(self)),
             (4, 6) if S::WIDE => simd.call(Sized::<F, 4, 6>(self)),
-            (4, 4) if S::WIDE => simd.call(Sized::<F, 4, 4>(self)),
-            (3, 6) if S::WIDE => simd.call(Sized::<F, 3, 6>(self)),
-            (3, 7) if S::WIDE => simd.call(Sized::<F, 3, 7>(self)),
-            (3, 8) if S::WIDE => simd.call(Sized::<F, 3, 8>(self)),
-            (4, 1) => simd.call(Sized::<F, 4, 1>(self)),
-            (2, 1) => simd.call(Sized::<F, 2, 1>(self)),
-            (2, 2) if !S::WIDE => simd.call(Sized::<F, 2, 2>(self)),
-            (2, 3) if !S::WIDE => simd.call(Sized::<F, 2, 3>(self)),
             (outputs, rows) => unreachable!("no tile of {outputs} outputs and {rows} rows"),
         }
-    }
-}
-
-/// The cache lines of the next tile's weights, row by row: memory is read fastest in one stream, not in one for each row of
-/// the tile in use.
-struct Ahead<E> {
-    line: *const E,
-    lines_per_row: usize,
-    left_in_row: usize,
-    /// From a row's end to the next one's start.
-    to_next_row: usize,
-}
-
-impl<E> Ahead<E> {
-    /// This use's part of the lines of `rows` rows, which begin at `start` and are `stride` elements apart.
-    #[inline(always)]
-    fn new(start: *const E, stride: usize, rows: usize, lines_per_row: usize, part: Prefetch) -> Self {
-        let line_len = LINE_BYTES / size_of::<E>();
-        let skipped = rows * lines_per_row * part.time / part.times_used;
-        let (row, line) = (skipped / lines_per_row.max(1), skipped % lines_per_row.max(1));
-        Self {
-            line: start.wrapping_add(row * stride + line * line_len),
-            lines_per_row,
-            left_in_row: lines_per_row - line,
-            to_next_row: stride.wrapping_sub(lines_per_row * line_len),
-        }
-    }
-
-    /// An address to ask for, which may lie behind the weights' end.
-    #[inline(always)]
-    fn next(&mut self) -> *const E {
-        let line = self.line;
-        self.line = line.wrapping_add(LINE_BYTES / size_of::<E>());
-        self.left_in_row -= 1;
-        if self.left_in_row == 0 {
-            self.left_in_row = self.lines_per_row;
-            self.line = self.line.wrapping_add(self.to_next_row);
-        }
-        line
     }
 }
 
@@ -213,7 +220,7 @@ struct Sized<'a, F: Format, const OUTPUTS: usize, const ROWS: usize>(Tile<'a, F>
 impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F, OUTPUTS, ROWS> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Tile { block, output, rows, part, carried, next, prefetch } = self.0;
+        let Tile { block, output, rows, part, carried, near, far } = self.0;
         let (k, stride) = (part.len(), block.weight_stride);
         // SAFETY: the block has these outputs; the part begins within x and the weights.
         let (weights, mut x) = unsafe {
@@ -230,13 +237,17 @@ impl<F: Format, const OUTPUTS: usize, const ROWS: usize> Kernel for Sized<'_, F,
                 }
             }
         }
-        let mut ahead = Ahead::new(next, stride, OUTPUTS, k.div_ceil(line), prefetch);
-        let lines_per_step = OUTPUTS.div_ceil(prefetch.times_used);
+        // Hints, whose addresses may lie behind the weights' end.
+        let (mut near_line, mut far_line) =
+            (block.weights.wrapping_add(near.start), block.weights.wrapping_add(far.start));
         let mut at = 0;
         while at + line <= k {
-            for _ in 0..lines_per_step {
-                simd.prefetch(ahead.next().cast());
+            for output in 0..OUTPUTS {
+                simd.prefetch(near_line.wrapping_add(output * near.row).cast());
+                simd.prefetch_far(far_line.wrapping_add(output * far.row).cast());
             }
+            near_line = near_line.wrapping_add(near.line);
+            far_line = far_line.wrapping_add(far.line);
             for part in 0..line / F::PER_STEP {
                 // SAFETY: the line ends at k or before.
                 unsafe {
