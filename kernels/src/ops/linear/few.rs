@@ -147,13 +147,13 @@ fn part_len<S: Simd, F: Format>(rows: usize, k: usize) -> usize {
 #[inline(always)]
 fn tile_outputs<S: Simd, F: Format>(rows: usize, left: usize) -> usize {
     let step_bytes = F::PER_STEP * size_of::<F::Element>();
-    let fewest = match (S::WIDE, step_bytes, rows) {
-        (true, 64.., ..=6) | (true, 32..64, ..=2) => 1,
-        (true, 32..64, 3..=6) | (true, ..32, 2..=6) => 4,
-        (true, ..) => 2,
-        (false, ..32, 1) => 4,
-        (false, _, 3) | (false, ..32, 2) => 2,
-        (false, ..) => 1,
+    let fewest = match (step_bytes, rows) {
+        (64.., ..=6) | (32..64, ..=2) if S::WIDE => 1,
+        (32..64, 3..=6) | (..32, 2..=6) if S::WIDE => 4,
+        _ if S::WIDE => 2,
+        (..32, 1) => 4,
+        (_, 3) | (..32, 2) => 2,
+        _ => 1,
     };
     if left >= fewest { fewest } else { 1 }
 }
