@@ -9,10 +9,14 @@ use std::ops::Range;
 use crate::simd::{Float, Kernel, LANES, Simd};
 
 /// Memory that comes next, to be asked for while this block is in use: blocks lie anywhere, so the CPU does not guess it.
+///
+/// A CPU may drop such a request while others are under way, so each line is asked for twice.
 #[derive(Clone, Copy)]
 pub(super) struct Prefetch {
-    /// An address is all that is made of it.
-    pub(super) next: *const u8,
+    /// The next block, for the L1 cache. An address is all that is made of it.
+    pub(super) near: *const u8,
+    /// A block of the next unit, for the L2 cache.
+    pub(super) far: *const u8,
     /// Asked for in each step of a loop, which is one element of keys or one place of values.
     pub(super) bytes_per_step: usize,
 }
@@ -21,12 +25,14 @@ pub(super) struct Prefetch {
 const LINE_BYTES: usize = 64;
 
 impl Prefetch {
-    pub(super) const NONE: Self = Self { next: std::ptr::null(), bytes_per_step: 0 };
+    pub(super) const NONE: Self = Self { near: std::ptr::null(), far: std::ptr::null(), bytes_per_step: 0 };
 
     #[inline(always)]
     fn step<S: Simd>(self, simd: S, step: usize) {
         for line in 0..self.bytes_per_step.div_ceil(LINE_BYTES) {
-            simd.prefetch(self.next.wrapping_add(step * self.bytes_per_step + line * LINE_BYTES));
+            let offset = step * self.bytes_per_step + line * LINE_BYTES;
+            simd.prefetch(self.near.wrapping_add(offset));
+            simd.prefetch_far(self.far.wrapping_add(offset));
         }
     }
 }

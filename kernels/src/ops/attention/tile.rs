@@ -249,14 +249,22 @@ impl<T: Float> Tile<'_, T> {
     }
 
     /// Where a block of the keys or values begins, if there is such a block; the entry of the table may be rubbish.
-    /// `steps`: of the loop in which it is asked for.
-    fn next(&self, cache: &[T], block: usize, steps: usize) -> Prefetch {
+    fn start_of(&self, cache: &[T], block: usize) -> Option<*const u8> {
         let bytes = self.block_size * self.head_dim * size_of::<T>();
-        self.table.get(block).map_or(Prefetch::NONE, |&id| {
+        self.table.get(block).map(|&id| {
             let index = id as usize * self.kv_heads + self.kv_head;
-            let next = cache.as_ptr().cast::<u8>().wrapping_add(index.wrapping_mul(bytes));
-            Prefetch { next, bytes_per_step: bytes / steps }
+            cache.as_ptr().cast::<u8>().wrapping_add(index.wrapping_mul(bytes))
         })
+    }
+
+    /// What is asked for during a loop of so many steps; `far` is a block of what the loop is over.
+    fn prefetch(&self, near: (&[T], usize), far: (&[T], usize), steps: usize) -> Prefetch {
+        let (near, far) = (self.start_of(near.0, near.1), self.start_of(far.0, far.1));
+        let bytes_per_step = self.block_size * self.head_dim * size_of::<T>() / steps;
+        match (near.or(far), far.or(near)) {
+            (Some(near), Some(far)) => Prefetch { near, far, bytes_per_step },
+            _ => Prefetch::NONE,
+        }
     }
 
     fn widens(&self) -> bool {
@@ -369,10 +377,12 @@ impl<T: Float> Unit<'_, '_, '_, T> {
             simd.call(self.scores::<f32>(block, wide, Prefetch::NONE));
         } else {
             let next = match block + 1 {
-                next if next < self.blocks.end => tile.next(tile.keys, next, tile.head_dim),
-                _ => tile.next(tile.values, self.blocks.start, tile.head_dim),
+                next if next < self.blocks.end => (tile.keys, next),
+                _ => (tile.values, self.blocks.start),
             };
-            simd.call(self.scores::<T>(block, keys.as_ptr(), next));
+            let far = (tile.keys, block + unit_blocks(tile.block_size));
+            let prefetch = tile.prefetch(next, far, tile.head_dim);
+            simd.call(self.scores::<T>(block, keys.as_ptr(), prefetch));
         }
     }
 
@@ -511,10 +521,11 @@ impl<T: Float> Unit<'_, '_, '_, T> {
             self.sum_rows(simd, block, &values);
         } else {
             let next = match block + 1 {
-                next if next < self.blocks.end => tile.next(tile.values, next, tile.block_size),
-                next => tile.next(tile.keys, next, tile.block_size),
+                next if next < self.blocks.end => (tile.values, next),
+                next => (tile.keys, next),
             };
-            let values = self.values::<T>(block, values.as_ptr(), next);
+            let far = (tile.values, block + unit_blocks(tile.block_size));
+            let values = self.values::<T>(block, values.as_ptr(), tile.prefetch(next, far, tile.block_size));
             self.sum_rows(simd, block, &values);
         }
     }
