@@ -81,12 +81,12 @@ pub fn add(context: &Context, x: ViewMut<'_>, y: View<'_>) -> Result<()> {
     Ok(())
 }
 
-/// One row; all have one length.
-struct Apply<'a> {
-    activation: Activation,
-    x: &'a [f32],
-    factor: Option<&'a [f32]>,
-    out: &'a mut [f32],
+/// One row, or a part of it; all have one length.
+pub(super) struct Apply<'a> {
+    pub(super) activation: Activation,
+    pub(super) x: &'a [f32],
+    pub(super) factor: Option<&'a [f32]>,
+    pub(super) out: &'a mut [f32],
 }
 
 impl Kernel for Apply<'_> {

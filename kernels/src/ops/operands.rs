@@ -1,6 +1,7 @@
 //! What operations ask of their operands, and how the tasks of a parallel region write to one output.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::{DType, Error, Place, Result, Tensor, View, ViewMut};
 
@@ -197,6 +198,18 @@ impl<'a> SharedRows<'a> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: within the matrix; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(row * self.row_stride), self.cols) }
+    }
+
+    /// A part of one row.
+    ///
+    /// # Safety
+    /// No other reference to the part is used while this one is.
+    pub(crate) unsafe fn part(&self, row: usize, cols: Range<usize>) -> &'a mut [f32] {
+        assert!(row < self.rows && cols.start <= cols.end && cols.end <= self.cols, "{cols:?} of row {row}");
+        // SAFETY: within the row; exclusive by the caller's promise.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.ptr.add(row * self.row_stride + cols.start), cols.len())
+        }
     }
 
     /// The address of an element; writing to it needs the promise of [`SharedRows::row`].

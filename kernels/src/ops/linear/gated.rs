@@ -1,8 +1,9 @@
 //! Two linear layers of which one gates the other.
 
-use super::{LinearPart, linear};
-use crate::ops::activation::{Activation, gated};
-use crate::ops::operands::{on_cuda, require};
+use super::input::Input;
+use super::{INPUT, LinearPart, Outputs, Product, check_types, form, linear, outputs_per_task};
+use crate::ops::activation::{Activation, Apply, gated};
+use crate::ops::operands::{SharedRows, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::{Context, Result, View, ViewMut};
 
 /// The first half of a gated MLP (Shazeer 2020, arXiv:2002.05202).
@@ -38,6 +39,51 @@ pub fn linear_gated(
     })?;
     super::check_shapes(x, &[gate, up], &gate_up)?;
     on_cuda!(context, |device| super::cuda::gated(context, device, x, layer, &gate_up, out));
-    linear(context, x, &[gate, up], gate_up.reborrow())?;
-    gated(context, activation, gate_up.as_view(), out)
+    let per_lane = gate.per_lane(context.level());
+    if per_lane != up.per_lane(context.level()) {
+        linear(context, x, &[gate, up], gate_up.reborrow())?;
+        return gated(context, activation, gate_up.as_view(), out);
+    }
+    check_types(x, &[gate, up], &gate_up)?;
+    require_f32_matrix(OP, "out", matrix_mut(&out), (x.rows(), n))?;
+    products_and_activation(context, x, layer, per_lane, gate_up, out);
+    Ok(())
+}
+
+/// A task computes some outputs of the gate and the same of what it gates, and combines them while they are in its cache:
+/// one region of threads instead of two.
+fn products_and_activation(
+    context: &Context,
+    x: View<'_>,
+    layer: GatedLinear<'_>,
+    per_lane: usize,
+    gate_up: ViewMut<'_>,
+    out: ViewMut<'_>,
+) {
+    let GatedLinear { gate, up, activation } = layer;
+    let (parts, level, rows, n) = ([gate, up], context.level(), x.rows(), out.cols());
+    if rows == 0 {
+        return;
+    }
+    let per_task = outputs_per_task(context.num_threads(), x, &parts, n);
+    let (gate_up, out) = (SharedRows::new(gate_up), SharedRows::new(out));
+    INPUT.with_borrow_mut(|memory| {
+        let form = form(level, rows, per_lane);
+        let x = Input::prepare(context, x, form, memory);
+        let product =
+            Product { level, x, order: form.order, per_lane, parts: &parts, out: gate_up, adds: false };
+        context.parallel_for(n.div_ceil(per_task), |task| {
+            let (start, end) = (task * per_task, n.min((task + 1) * per_task));
+            level.run_with_dots(Outputs { product: &product, outputs: start..end });
+            level.run_with_dots(Outputs { product: &product, outputs: n + start..n + end });
+            for row in 0..rows {
+                // SAFETY: each task has outputs of its own, in both.
+                let (gate, up, out) = unsafe {
+                    let (gate, up) = (gate_up.part(row, start..end), gate_up.part(row, n + start..n + end));
+                    (gate, up, out.part(row, start..end))
+                };
+                level.run(Apply { activation, x: gate, factor: Some(up), out });
+            }
+        });
+    });
 }
