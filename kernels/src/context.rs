@@ -194,6 +194,16 @@ impl Context {
         Ok(None)
     }
 
+    /// As if operations had not taken the memory that they need inside, for tests of what happens where there is none left.
+    #[doc(hidden)]
+    pub fn forget_scratch(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            device.forget_scratch()?;
+        }
+        Ok(())
+    }
+
     /// Until the guard is dropped, allocating device memory and copying to it other than through
     /// [`crate::Staging`] is an error: what a step would wait for.
     pub fn freeze(&self) -> Frozen<'_> {

@@ -38,6 +38,15 @@ pub enum Error {
     /// The device has no room left.
     #[error("{0}")]
     OutOfMemory(String),
+    /// Memory is asked for while none may be taken ([`crate::Context::freeze`]). Ranks that have made the same calls come to this at
+    /// the same one.
+    #[error("{call}: {bytes} more bytes of device memory are needed than were taken before")]
+    Frozen {
+        /// The function that was called.
+        call: &'static str,
+        /// How many it asked for.
+        bytes: usize,
+    },
     /// The CUDA driver or one of its libraries refused.
     #[error("{call}: {message}")]
     Cuda {

@@ -111,7 +111,7 @@ impl CublasLt {
         Ok(Some(Self { handle, algorithms: Mutex::default() }))
     }
 
-    /// Queues the product; false where the library has no algorithm for it, and nothing is queued.
+    /// Queues the product; false where the library has no algorithm for it, or no memory, and nothing is queued.
     ///
     /// # Safety
     /// The matrices are in memory of this device and have the shapes that `product` says.
@@ -127,6 +127,8 @@ impl CublasLt {
             match status {
                 Status::CUBLAS_STATUS_SUCCESS => return Ok(true),
                 Status::CUBLAS_STATUS_NOT_SUPPORTED => {}
+                // Its kernels are loaded when they are first used. Ours need nothing.
+                Status::CUBLAS_STATUS_ALLOC_FAILED => return Ok(false),
                 // Chosen for more rows than these.
                 Status::CUBLAS_STATUS_INVALID_VALUE if rows != product.rows => {}
                 status => return check("cublasLtMatmul", status).map(|()| true),

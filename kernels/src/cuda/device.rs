@@ -126,6 +126,15 @@ impl Device {
         Ok(start)
     }
 
+    /// Has the next operation that needs a buffer take a new one. What it was stays: graphs may hold its address.
+    pub(crate) fn forget_scratch(&self) -> Result<()> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        for buffers in scratch.values_mut() {
+            buffers.push(DeviceMemory::allocate(&self.stream, 0)?);
+        }
+        Ok(())
+    }
+
     /// The library for large matrix products, opened when it is first asked for; none where it is not found.
     pub(crate) fn cublaslt(&self) -> Result<Option<&CublasLt>> {
         if let Some(opened) = self.cublaslt.get() {

@@ -8,10 +8,13 @@ use crate::{Error, Result};
 
 /// An error unless the call succeeded.
 pub(crate) fn check(call: &'static str, answer: CUresult) -> Result<()> {
-    if answer == CUresult::CUDA_SUCCESS {
-        Ok(())
-    } else {
-        Err(Error::Cuda { call, message: describe(answer) })
+    match answer {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        // Not only where memory is asked for: code is loaded when it is first used, and takes some.
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Err(Error::OutOfMemory(format!("{call}: there is no memory left")))
+        }
+        answer => Err(Error::Cuda { call, message: describe(answer) }),
     }
 }
 

@@ -143,10 +143,14 @@ impl Kernel {
                 null_mut(),
             )
         };
-        if answer == sys::CUresult::CUDA_SUCCESS {
-            return Ok(());
+        match answer {
+            sys::CUresult::CUDA_SUCCESS => Ok(()),
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => check(self.op, answer),
+            answer => {
+                let message = format!("launching {grid:?}: {}", describe(answer));
+                Err(Error::Cuda { call: self.op, message })
+            }
         }
-        Err(Error::Cuda { call: self.op, message: format!("launching {grid:?}: {}", describe(answer)) })
     }
 }
 
@@ -185,11 +189,18 @@ pub(super) fn find(
     };
     let name = kernel_name(op, dtypes)?;
     let mut function = null_mut();
-    let found = modules.iter().any(|&module| {
+    let mut found = false;
+    for &module in modules {
         // SAFETY: the module is loaded; the name ends with a zero.
         let answer = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
-        answer == sys::CUresult::CUDA_SUCCESS
-    });
+        if answer == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            check("cuModuleGetFunction", answer)?;
+        }
+        if answer == sys::CUresult::CUDA_SUCCESS {
+            found = true;
+            break;
+        }
+    }
     if !found {
         return Err(Error::Cuda {
             call: op,

@@ -83,10 +83,7 @@ impl Stream {
         if self.frozen.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        Err(Error::Cuda {
-            call,
-            message: format!("{bytes} bytes within a step, which must not wait for memory"),
-        })
+        Err(Error::Frozen { call, bytes })
     }
 }
 

@@ -137,7 +137,7 @@ fn a_step_neither_allocates_nor_copies_to_the_device_but_by_staging() {
             Staging::new(&fixture.cuda, &[4]).map(drop),
         ];
         for outcome in refused {
-            assert!(matches!(outcome, Err(Error::Cuda { .. })));
+            assert!(matches!(outcome, Err(Error::Frozen { .. })));
         }
         staging.send(&fixture.cuda, [&[1, 2, 3][..]]).expect("it fits");
         fixture.cuda.download(there.view(), &mut [0.0_f32; 4]).expect("shapes fit");

@@ -173,7 +173,7 @@ impl Attention<'_> {
             self.batch.max_kv_len,
             device.properties().num_multiprocessors * tile.blocks_at_once(device.properties().shared_bytes),
         );
-        let (partials, done) = if splits.num > 1 {
+        let (partials, done) = if splits.needs_memory {
             let rows = splits.max_blocks * group.min(ROWS);
             (
                 device.scratch("attention", rows * (head_dim + 2) * size_of::<f32>())?,
@@ -353,6 +353,8 @@ struct Splits {
     min_positions: usize,
     /// Not less than the blocks of this launch, nor of one with fewer sequences: what memory is for.
     max_blocks: usize,
+    /// Whether this launch splits, or one with fewer sequences does: the largest step takes the memory of all others.
+    needs_memory: bool,
 }
 
 impl Splits {
@@ -363,16 +365,19 @@ impl Splits {
         /// Full turns of the device where blocks are many, so that the last, which leaves some of it idle, weighs little, and
         /// a sequence that is longer than the others does not end alone.
         const TURNS: usize = 4;
+        // 128 positions outweigh the merging of a split.
+        const LEAST_POSITIONS: usize = 128;
         let num_blocks = num_blocks.max(1);
         let (wanted, min_positions) = if 2 * num_blocks <= at_once {
-            // One turn: nothing waits. 128 positions outweigh the merging of a split.
-            (at_once / num_blocks, 128)
+            // One turn: nothing waits.
+            (at_once / num_blocks, LEAST_POSITIONS)
         } else {
             let min_positions = if num_blocks < at_once { 512 } else { 1024 };
             ((TURNS * at_once).div_ceil(num_blocks).max(TURNS), min_positions)
         };
         let num = wanted.min(MAX).min(max_kv_len.div_ceil(min_positions)).max(1);
-        Self { num, min_positions, max_blocks: TURNS * (at_once + num_blocks) }
+        let needs_memory = max_kv_len > LEAST_POSITIONS;
+        Self { num, min_positions, max_blocks: TURNS * (at_once + num_blocks), needs_memory }
     }
 }
 
@@ -399,14 +404,22 @@ mod tests {
         for max_kv_len in [1, 1000, 10_000, 1 << 17] {
             let most = (1..5000).map(|num_blocks| {
                 let splits = Splits::plan(num_blocks, max_kv_len, AT_ONCE);
-                (num_blocks * splits.num, splits.max_blocks)
+                (num_blocks * splits.num, splits, splits_any(num_blocks, max_kv_len))
             });
             let mut needed = 0;
-            for (blocks, max_blocks) in most {
+            for (blocks, splits, any) in most {
                 needed = blocks.max(needed);
-                assert!(needed <= max_blocks, "{needed} blocks in memory for {max_blocks}");
+                assert!(needed <= splits.max_blocks, "{needed} blocks in memory for {}", splits.max_blocks);
+                assert!(splits.needs_memory || !any, "{splits:?} leaves smaller steps without memory");
             }
         }
+    }
+
+    /// Whether a launch of so many blocks or fewer splits.
+    fn splits_any(num_blocks: usize, max_kv_len: usize) -> bool {
+        [1, num_blocks.div_ceil(2), num_blocks]
+            .iter()
+            .any(|&blocks| Splits::plan(blocks, max_kv_len, AT_ONCE).num > 1)
     }
 
     #[test]
