@@ -326,8 +326,8 @@ pub(crate) fn record_preemption() {
 pub(crate) const REQUEST_COUNT: &str = "tgi_request_count";
 /// Sequences that came to their end.
 pub(crate) const REQUEST_SUCCESS: &str = "tgi_request_success";
-/// Requests without a result, by `err`: `overloaded`, `validation`, `template`, `generation`, `timeout`, `unavailable`,
-/// `dropped` (the client went away).
+/// Requests without a result, by `err`: `overloaded`, `validation`, `template`, `generation`, `out_of_memory`, `timeout`,
+/// `unavailable`, `dropped` (the client went away).
 pub(crate) const REQUEST_FAILURE: &str = "tgi_request_failure";
 /// From a request's arrival to its sequence's end.
 pub(crate) const REQUEST_DURATION: &str = "tgi_request_duration";
@@ -350,8 +350,16 @@ pub(crate) const INTER_TOKEN_LATENCY: &str = "lamplighter_inter_token_latency_du
 /// Open HTTP connections.
 pub(crate) const HTTP_CONNECTIONS: &str = "lamplighter_http_connections";
 
-const FAILURES: [&str; 7] =
-    ["overloaded", "validation", "template", "generation", "timeout", "unavailable", "dropped"];
+const FAILURES: [&str; 8] = [
+    "overloaded",
+    "validation",
+    "template",
+    "generation",
+    "out_of_memory",
+    "timeout",
+    "unavailable",
+    "dropped",
+];
 
 /// Installs the recorder that `/metrics` renders, with the buckets of each histogram. Once for a process.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {

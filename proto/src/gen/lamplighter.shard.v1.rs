@@ -308,6 +308,13 @@ pub enum FinishReason {
     Length = 2,
     /// The logits were not finite: weights or cache are broken for this sequence. The last token is not usable.
     InvalidLogits = 3,
+    /// The device had no memory left to compute this step with all of its sequences. This one was left out, so that the
+    /// others could be: those that the step admits first, then the youngest prompts, then the youngest of the rest. Of its
+    /// tokens, those of this step and of later ones are not computed.
+    OutOfMemory = 4,
+    /// It was admitted over blocks that a sequence left out for that reason was to compute, in a step whose answer the router
+    /// had not seen. Nothing of it was computed; admitted again, under another id and over computed blocks, it goes on.
+    MissingPrefix = 5,
 }
 impl FinishReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -320,6 +327,8 @@ impl FinishReason {
             Self::Eos => "FINISH_REASON_EOS",
             Self::Length => "FINISH_REASON_LENGTH",
             Self::InvalidLogits => "FINISH_REASON_INVALID_LOGITS",
+            Self::OutOfMemory => "FINISH_REASON_OUT_OF_MEMORY",
+            Self::MissingPrefix => "FINISH_REASON_MISSING_PREFIX",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -329,6 +338,8 @@ impl FinishReason {
             "FINISH_REASON_EOS" => Some(Self::Eos),
             "FINISH_REASON_LENGTH" => Some(Self::Length),
             "FINISH_REASON_INVALID_LOGITS" => Some(Self::InvalidLogits),
+            "FINISH_REASON_OUT_OF_MEMORY" => Some(Self::OutOfMemory),
+            "FINISH_REASON_MISSING_PREFIX" => Some(Self::MissingPrefix),
             _ => None,
         }
     }

@@ -81,6 +81,7 @@ fn row(error: &RequestError) -> Row {
         // would say that the client was.
         RequestError::Failed(Failure::QueueTimeout { .. }) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("queue_timeout"), "overloaded", "timeout"),
         RequestError::Failed(Failure::Timeout { .. }) => same(S::GATEWAY_TIMEOUT, "server_error", Some("timeout"), "timeout", "timeout"),
+        RequestError::Failed(Failure::OutOfMemory) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("out_of_memory"), "overloaded", "out_of_memory"),
         RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => row(S::INTERNAL_SERVER_ERROR, "server_error", Some("generation_failed"), S::FAILED_DEPENDENCY, "generation", "generation"),
         RequestError::Internal => same(S::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), "internal", "generation"),
     };
@@ -112,7 +113,9 @@ pub(super) fn tgi_body(error: &RequestError) -> Value {
     let row = row(error);
     let text = match error {
         RequestError::Template(_) => format!("Template error: {error}"),
-        RequestError::Submit(SubmitError::Overloaded { .. }) => format!("Model is overloaded: {error}"),
+        RequestError::Submit(SubmitError::Overloaded { .. }) | RequestError::Failed(Failure::OutOfMemory) => {
+            format!("Model is overloaded: {error}")
+        }
         RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => {
             format!("Request failed during generation: {error}")
         }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::answer::{Outcome, SequenceOutput, StepAnswer, StepTimes, WrongAnswer};
 use super::entry::Running;
+use super::event::RequestId;
 use super::in_flight::InFlightRow;
 use super::request::{EndReason, Failure, Token};
 use super::state::Scheduler;
@@ -57,25 +58,25 @@ impl Scheduler {
         skipped: bool,
     ) -> Result<(), WrongAnswer> {
         let sequence = row.sequence;
+        let failure = output.as_ref().and_then(|output| failure_of(&output.outcome));
+        if let Some(RowFailure::OutOfMemory | RowFailure::MissingPrefix) = failure {
+            self.forget_uncomputed(row);
+        }
         let running = self.running.get_mut(&row.request).filter(|running| running.sequence.id == sequence);
         // Cancelled, preempted, or ended in an earlier step while this one was on its way.
         let Some(running) = running else { return Ok(()) };
         if skipped {
             return Err(WrongAnswer::Skipped { step, sequence });
         }
+        if let Some(failure) = failure {
+            self.failed(row.request, failure);
+            return Ok(());
+        }
         running.sequence.steps_in_flight -= 1;
         running.sequence.sampling -= usize::from(row.samples);
         running.sequence.answered = row.first + row.num_tokens;
         let (prompt, outcome) =
             output.map_or((Vec::new(), Outcome::Nothing), |output| (output.prompt, output.outcome));
-        if outcome == Outcome::InvalidLogits {
-            self.forget_computed(row.request);
-            if let Some(entry) = self.end(row.request) {
-                entry.events.fail(Failure::InvalidLogits);
-            }
-            return Ok(());
-        }
-
         let expected = row.prompt_tokens(running);
         let got = prompt.len();
         if !prompt.iter().map(|token| token.id).eq(expected.iter().copied()) {
@@ -85,15 +86,13 @@ impl Scheduler {
 
         let ended = matches!(outcome, Outcome::Ended(..));
         match (outcome, row.samples) {
-            (Outcome::Nothing | Outcome::InvalidLogits, false) => {}
-            (Outcome::Nothing | Outcome::InvalidLogits, true) => {
-                return Err(WrongAnswer::NoToken { step, sequence });
-            }
             (Outcome::Sampled(_) | Outcome::Ended(..), false) => {
                 return Err(WrongAnswer::EarlyToken { step, sequence });
             }
             (Outcome::Sampled(tokens), true) => self.sampled(step, row, tokens, None)?,
             (Outcome::Ended(tokens, end), true) => self.sampled(step, row, tokens, Some(end))?,
+            (_, true) => return Err(WrongAnswer::NoToken { step, sequence }),
+            (_, false) => {}
         }
         self.share(row.request);
         if ended {
@@ -101,6 +100,22 @@ impl Scheduler {
             self.end(row.request);
         }
         Ok(())
+    }
+
+    /// Ends a request whose row was not computed as it was to be, or sends it back to the queue.
+    fn failed(&mut self, request: RequestId, failure: RowFailure) {
+        let failure = match failure {
+            RowFailure::InvalidLogits => {
+                self.forget_computed(request);
+                Failure::InvalidLogits
+            }
+            RowFailure::OutOfMemory => Failure::OutOfMemory,
+            // Nobody takes its place: it comes again, over blocks that are there.
+            RowFailure::MissingPrefix => return self.preempt(request),
+        };
+        if let Some(entry) = self.end(request) {
+            entry.events.fail(failure);
+        }
     }
 
     /// Takes the tokens that a row has sampled. Keys and values of all of them but the last are computed too.
@@ -133,5 +148,22 @@ impl Scheduler {
             sequence.computed = sequence.answered;
         }
         Ok(())
+    }
+}
+
+/// What may become of a row instead of tokens.
+#[derive(Debug, Clone, Copy)]
+enum RowFailure {
+    InvalidLogits,
+    OutOfMemory,
+    MissingPrefix,
+}
+
+fn failure_of(outcome: &Outcome) -> Option<RowFailure> {
+    match outcome {
+        Outcome::InvalidLogits => Some(RowFailure::InvalidLogits),
+        Outcome::OutOfMemory => Some(RowFailure::OutOfMemory),
+        Outcome::MissingPrefix => Some(RowFailure::MissingPrefix),
+        Outcome::Nothing | Outcome::Sampled(_) | Outcome::Ended(..) => None,
     }
 }

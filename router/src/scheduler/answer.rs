@@ -48,6 +48,10 @@ pub(crate) enum Outcome {
     Ended(Vec<Token>, EndReason),
     /// The logits were not finite.
     InvalidLogits,
+    /// The step was computed without it, for want of memory.
+    OutOfMemory,
+    /// The blocks that it was admitted over were not computed, for the same reason.
+    MissingPrefix,
 }
 
 /// An answer that does not fit what was asked: router and shards no longer agree on the state of the sequences.

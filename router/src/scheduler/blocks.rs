@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use proto::units::BlockId;
 
 use super::prefix::Prefix;
-use super::prefix_cache::{Inserted, Match, PrefixCache};
+use super::prefix_cache::{Inserted, Match, PrefixCache, Shared};
 use crate::metrics;
 
 /// The KV blocks of the shards.
@@ -127,6 +127,18 @@ impl BlockPool {
             }
         }
         !table.closed
+    }
+
+    /// The sequence's blocks that have entered the cache since there were `num_before` of them.
+    pub(crate) fn shared_since(&self, table: &BlockTable, num_before: usize) -> Vec<Shared> {
+        table.blocks[num_before..table.num_shared].iter().map(|&block| self.cache.shared(block)).collect()
+    }
+
+    /// Takes blocks out of the cache that turned out not to be computed, as far as they are there.
+    pub(crate) fn forget_shared(&mut self, shared: &[Shared]) {
+        for &shared in shared {
+            self.cache.forget_shared(shared);
+        }
     }
 
     /// Takes those of the sequence's blocks out of the cache that it has computed itself: behind the first `num_acquired`.

@@ -9,7 +9,7 @@ use super::entry::{Entry, Running, Sequence};
 use super::event::RequestId;
 use super::pace::Work;
 use super::plan::Row;
-use super::prefix_cache::Match;
+use super::prefix_cache::{Match, Shared};
 use super::state::Scheduler;
 use super::step::{NewSequence, Scheduled, Step};
 use crate::metrics::{self, StepMethod};
@@ -34,6 +34,8 @@ pub(super) struct InFlightRow {
     pub(super) num_tokens: usize,
     /// Whether it reaches the last known token, so that the next one is sampled.
     pub(super) samples: bool,
+    /// Blocks that others may use since it was sent: where it turns out not to be computed, they may not.
+    pub(super) shared: Vec<Shared>,
 }
 
 impl Scheduler {
@@ -54,9 +56,12 @@ impl Scheduler {
             let running =
                 self.running.get_mut(&row.request).expect("a planned request is running or was waiting");
             let new_blocks = self.blocks.allocate(&mut running.sequence.table, row.new_blocks);
-            in_flight.push(InFlightRow::new(running, row));
+            let mut sent = InFlightRow::new(running, row);
             step.schedule.push(running.schedule(row.num_tokens, new_blocks));
+            let num_shared = running.sequence.table.num_shared();
             self.share(row.request);
+            sent.shared = self.blocks.shared_since(&self.running[&row.request].sequence.table, num_shared);
+            in_flight.push(sent);
         }
         let work = Work::of(rows);
         let method = record_step(rows.len(), work);
@@ -110,6 +115,7 @@ impl InFlightRow {
             first,
             num_tokens: row.num_tokens,
             samples,
+            shared: Vec::new(),
         }
     }
 

@@ -29,6 +29,13 @@ struct Last {
     num_forgotten: u64,
 }
 
+/// A block as it entered: another one that has the same place later is not meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shared {
+    block: BlockId,
+    stamp: u64,
+}
+
 /// What became of a block that was to enter.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Inserted {
@@ -237,6 +244,19 @@ impl PrefixCache {
         let hash = node.hash;
         self.remove_from_index(hash, block);
         self.num_forgotten += 1;
+    }
+
+    /// A block that is in the tree, to be named later.
+    pub(crate) fn shared(&self, block: BlockId) -> Shared {
+        Shared { block, stamp: self.node(block).stamp }
+    }
+
+    /// The same as `forget`, unless the block has left the tree or was forgotten.
+    pub(crate) fn forget_shared(&mut self, Shared { block, stamp }: Shared) {
+        let node = self.nodes[block.0 as usize].as_ref();
+        if node.is_some_and(|node| node.stamp == stamp && !node.forgotten) {
+            self.forget(block);
+        }
     }
 
     /// Takes the leaf out that was used longest ago, if there is one that nobody uses.

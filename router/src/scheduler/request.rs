@@ -138,6 +138,12 @@ pub enum Failure {
         "the model produced logits that are not finite: the checkpoint or the chosen dtype is broken for this input"
     )]
     InvalidLogits,
+    /// The shards had no memory left to compute it beside the others.
+    #[error(
+        "the server had no memory left to compute this request: send it again later (the operator lowers \
+         --cuda-memory-fraction or --max-batch-prefill-tokens, or stops what else uses the GPU)"
+    )]
+    OutOfMemory,
     /// Its deadline passed in the queue: nothing was computed.
     #[error(
         "the request waited {} ms, as long as its time allows, and was not begun: send it again later, or raise \

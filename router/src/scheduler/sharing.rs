@@ -2,6 +2,7 @@
 
 use super::entry::{Entry, Running};
 use super::event::RequestId;
+use super::in_flight::InFlightRow;
 use super::plan::{Candidate, NextBlock};
 use super::policy::Discipline;
 use super::state::{Coming, Scheduler};
@@ -141,6 +142,16 @@ impl Scheduler {
     pub(super) fn forget_computed(&mut self, request: RequestId) {
         if let Some(Running { sequence, .. }) = self.running.get(&request) {
             self.blocks.forget(&sequence.table, sequence.num_acquired);
+        }
+    }
+
+    /// Lets nobody use what a row was to compute and has not, nor what later ones were to: also where its request has gone
+    /// meanwhile, whose blocks stay in the cache.
+    pub(super) fn forget_uncomputed(&mut self, row: &InFlightRow) {
+        let later = self.in_flight.iter().flat_map(|step| &step.rows);
+        let later = later.filter(|later| later.sequence == row.sequence);
+        for row in std::iter::once(row).chain(later) {
+            self.blocks.forget_shared(&row.shared);
         }
     }
 

@@ -260,8 +260,8 @@ impl Scheduler {
 
     /// Sends a running request back to the queue. What steps in flight will say about it is ignored: it is computed
     /// again from the tokens that its reader has, with the same result, since nothing random depends on when.
-    fn preempt(&mut self, request: RequestId) {
-        let entry = self.remove(request).expect("a plan preempts requests that are running");
+    pub(super) fn preempt(&mut self, request: RequestId) {
+        let entry = self.remove(request).expect("who is preempted is running");
         metrics::record_preemption();
         self.enqueue(entry);
     }

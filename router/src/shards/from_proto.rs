@@ -40,11 +40,15 @@ fn sequence_output(output: &v1::SequenceOutput, vocab_size: usize) -> Result<Seq
     let reason = output.finish_reason;
     let reason =
         v1::FinishReason::try_from(reason).map_err(|_| InvalidAnswer::FinishReason { sequence, reason })?;
-    let failed =
-        |prompt| SequenceOutput { sequence: SequenceId(sequence), prompt, outcome: Outcome::InvalidLogits };
-    if reason == v1::FinishReason::InvalidLogits {
-        return Ok(failed(Vec::new()));
-    }
+    let failed = |outcome| SequenceOutput { sequence: SequenceId(sequence), prompt: Vec::new(), outcome };
+    let end = match reason {
+        v1::FinishReason::InvalidLogits => return Ok(failed(Outcome::InvalidLogits)),
+        v1::FinishReason::OutOfMemory => return Ok(failed(Outcome::OutOfMemory)),
+        v1::FinishReason::MissingPrefix => return Ok(failed(Outcome::MissingPrefix)),
+        v1::FinishReason::Eos => Some(EndReason::Eos),
+        v1::FinishReason::Length => Some(EndReason::Length),
+        v1::FinishReason::Unspecified => None,
+    };
 
     let tokens = |tokens: &[v1::SampledToken]| {
         tokens.iter().map(|sampled| token(sequence, sampled, vocab_size)).collect::<Result<Vec<_>, _>>()
@@ -53,13 +57,8 @@ fn sequence_output(output: &v1::SequenceOutput, vocab_size: usize) -> Result<Seq
     let sampled = tokens(&output.tokens)?;
     // Only logits that are not finite give such a number. It concerns this sequence alone, and JSON cannot hold it.
     if prompt.iter().chain(&sampled).any(has_nan) {
-        return Ok(failed(Vec::new()));
+        return Ok(failed(Outcome::InvalidLogits));
     }
-    let end = match reason {
-        v1::FinishReason::Eos => Some(EndReason::Eos),
-        v1::FinishReason::Length => Some(EndReason::Length),
-        v1::FinishReason::Unspecified | v1::FinishReason::InvalidLogits => None,
-    };
     let outcome = match (sampled.is_empty(), end) {
         (false, Some(end)) => Outcome::Ended(sampled, end),
         (false, None) => Outcome::Sampled(sampled),
@@ -111,6 +110,8 @@ mod tests {
         check(vec![sampled(3, -0.5)], v1::FinishReason::Length, Outcome::Ended(tokens, EndReason::Length));
         check(vec![sampled(99, f32::NAN)], v1::FinishReason::InvalidLogits, Outcome::InvalidLogits);
         check(vec![sampled(3, f32::NAN)], v1::FinishReason::Unspecified, Outcome::InvalidLogits);
+        check(vec![], v1::FinishReason::OutOfMemory, Outcome::OutOfMemory);
+        check(vec![], v1::FinishReason::MissingPrefix, Outcome::MissingPrefix);
     }
 
     #[test]

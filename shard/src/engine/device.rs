@@ -6,14 +6,14 @@ use kernels::ops::sampling::{
     MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
     commit_tokens, sample,
 };
-use kernels::{Communicator, Context, DType, Readback, Result, Staging, Tensor};
-use proto::v1::{NewSequence, SampledToken, TokenLogprob};
+use kernels::{Communicator, Context, DType, Error, Readback, Result, Staging, Tensor};
+use proto::v1::{NewSequence, SampledToken, SamplingParameters, TokenLogprob};
 
 use super::device_sampling::DeviceSampling;
 use super::graphs::{Graphs, Shape};
 use super::validate::Limits;
 use crate::decoder::{Decoder, ForwardInput, KvCache, MAX_LOGIT_BIASES, StepInput};
-use crate::sampling::NotFinite;
+use crate::sampling::{NotFinite, neutral_parameters};
 
 /// Steps that may be in flight: while one is computed, the next is queued.
 pub(super) const MAX_IN_FLIGHT: usize = 2;
@@ -29,6 +29,8 @@ pub(super) struct DeviceState {
     staging: Staging,
     free_slots: Vec<u32>,
     readbacks: Vec<Readback>,
+    /// Whether steps must do with the memory that has been taken so far.
+    is_settled: bool,
 }
 
 /// What is computed with.
@@ -44,10 +46,8 @@ pub(super) struct Parts<'a> {
 pub(super) enum Form {
     /// Of decode rows, padded to the shape: as it was recorded.
     Recorded(Shape),
-    /// Of decode rows: nothing is allocated.
-    Decode,
-    /// With longer chunks.
-    Mixed,
+    /// Operation by operation.
+    Direct,
 }
 
 /// The memory of a step beside that of the model.
@@ -91,7 +91,14 @@ impl DeviceState {
             staging: Staging::new(context, &[limits.max_total_tokens, limits.max_total_tokens])?,
             free_slots: (0..slots as u32).rev().collect(),
             readbacks: (0..MAX_IN_FLIGHT).map(|_| Readback::new(context, words)).collect::<Result<_>>()?,
+            is_settled: false,
         })
+    }
+
+    /// From here on steps of a group take no more memory: a rank that gets none would be missed by the others, whose devices
+    /// wait for it. Whether a step needs more is the same on all of them, so all leave out the same sequences.
+    pub(super) fn settle(&mut self, communicator: &dyn Communicator) {
+        self.is_settled = communicator.world_size() > 1;
     }
 
     /// Bytes of device memory, without graphs.
@@ -102,12 +109,35 @@ impl DeviceState {
     }
 
     /// Gives a new sequence its place on the device.
-    pub(super) fn admit(&mut self, context: &Context, new: &NewSequence) -> Result<DeviceSampling> {
+    pub(super) fn place(&mut self, new: &NewSequence) -> DeviceSampling {
         let slot = self.free_slots.pop().expect("validated: not more sequences than slots");
         let parameters = new.sampling.as_ref().expect("validated: sampling is set");
-        let sequence = DeviceSampling::new(slot, parameters, new.top_n_tokens);
-        sequence.count_tokens(context, &mut self.staging, &mut self.steps.counts, new)?;
-        Ok(sequence)
+        DeviceSampling::new(slot, parameters, new.top_n_tokens)
+    }
+
+    /// Brings there what its place must hold before the first step.
+    pub(super) fn admit(
+        &mut self,
+        context: &Context,
+        sequence: &DeviceSampling,
+        new: &NewSequence,
+    ) -> Result<()> {
+        sequence.count_tokens(context, &mut self.staging, &mut self.steps.counts, new)
+    }
+
+    /// Loads what admissions use.
+    pub(super) fn try_admission(&mut self, context: &Context) -> Result<()> {
+        let sampling = SamplingParameters { repetition_penalty: 2.0, ..neutral_parameters() };
+        let new = NewSequence {
+            token_ids: vec![0],
+            prompt_tokens: 1,
+            sampling: Some(sampling),
+            ..NewSequence::default()
+        };
+        let sequence = self.place(&new);
+        let tried = self.admit(context, &sequence, &new);
+        self.release(sequence.slot);
+        tried
     }
 
     /// Takes the place back. Steps in flight may still write there: whoever gets it next comes behind them.
@@ -116,6 +146,9 @@ impl DeviceState {
     }
 
     /// Queues a step, and asks for what comes of the first `num_results` rows of logits. All ranks make the same call.
+    ///
+    /// After an error for want of memory, the same sequences may be launched again, or some of them: what was queued has
+    /// written keys and values where they belong, and nothing else that is read before it is written.
     pub(super) fn launch(
         &mut self,
         parts: &mut Parts<'_>,
@@ -126,17 +159,15 @@ impl DeviceState {
     ) -> Result<Readback> {
         let context = parts.context;
         let mut step = input.send(context, staging)?;
+        let frozen = self.is_settled.then(|| context.freeze());
         match form {
             Form::Recorded(shape) => {
                 step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
                 self.launch_recorded(parts, &step, shape)?;
             }
-            Form::Decode => {
-                let _frozen = context.freeze();
-                self.steps.queue(parts, &step)?;
-            }
-            Form::Mixed => self.steps.queue(parts, &step)?,
+            Form::Direct => self.steps.queue(parts, &step)?,
         }
+        drop(frozen);
         let mut readback = self.readbacks.pop().expect("one for each step in flight");
         let sampled = self.steps.sampled.view().narrow_rows(0, num_results);
         readback.start(context, sampled.reshape(1, num_results * Sampled::WORDS))?;
@@ -147,7 +178,11 @@ impl DeviceState {
         let (context, steps) = (parts.context, &mut self.steps);
         let record = || context.capture(|| steps.queue(parts, step));
         if let Some(graph) = self.graphs.get(shape, record) {
-            return graph.launch();
+            match graph.launch() {
+                // A driver may take memory for a graph when it is launched first; the operations themselves take none.
+                Err(Error::OutOfMemory(_)) => {}
+                launched => return launched,
+            }
         }
         self.steps.queue(parts, step)
     }

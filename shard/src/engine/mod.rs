@@ -3,7 +3,8 @@
 //! A step: [`validate`] refuses what breaks the contract before anything is changed, [`sequence`] keeps what the
 //! router sends only once, [`batch`] makes the flat input of the model, [`serving`] runs it on [`rank`] and answers, and
 //! [`chooser`] chooses tokens; on a GPU [`device`] does both. A step is launched, and later collected: on a GPU a step that
-//! has arrived is launched before the tokens of the one before are read, and decode steps are recorded ([`graphs`]).
+//! has arrived is launched before the tokens of the one before are read, and decode steps are recorded ([`graphs`]). A step that
+//! memory does not suffice for is computed without some of its sequences ([`shortage`]).
 
 mod batch;
 mod chooser;
@@ -14,6 +15,7 @@ mod memory;
 mod rank;
 mod sequence;
 mod serving;
+mod shortage;
 mod step;
 mod thread;
 mod validate;

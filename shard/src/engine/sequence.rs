@@ -28,6 +28,8 @@ pub(super) struct Sequence {
     pub(super) prompt_logprobs: bool,
     /// Whether it has ended; it is kept until it is released.
     pub(super) finished: bool,
+    /// Whether a step was computed without it, for want of memory: that step ends it.
+    pub(super) left_out: bool,
     /// How its tokens are chosen, where a device does that.
     pub(super) on_device: Option<DeviceSampling>,
     stopping: StoppingParameters,
@@ -48,6 +50,7 @@ impl Sequence {
             top_n_tokens: new.top_n_tokens as usize,
             prompt_logprobs: new.prompt_logprobs,
             finished: false,
+            left_out: false,
             on_device: None,
             stopping: new.stopping.expect("validated: stopping is set"),
             token_ids: new.token_ids,
@@ -70,9 +73,12 @@ impl Sequence {
         }
     }
 
-    /// Whether nothing more is to be computed: it has ended, or a step in flight chooses the last token it may have.
+    /// Whether nothing more is to be computed: it has ended, a step in flight ends it, or one chooses the last token it may
+    /// have.
     pub(super) fn has_ended(&self) -> bool {
-        self.finished || self.len() - self.prompt_len >= self.stopping.max_new_tokens as usize
+        self.finished
+            || self.left_out
+            || self.len() - self.prompt_len >= self.stopping.max_new_tokens as usize
     }
 
     /// Appends a token that a step has chosen, and says whether the sequence ends with it.

@@ -12,6 +12,7 @@ use super::device::{DeviceState, Form, MAX_IN_FLIGHT, Parts, largest_decode, lar
 use super::graphs::Graphs;
 use super::rank::RankModel;
 use super::sequence::{Sequence, Sequences};
+use super::shortage::{LeftOut, Uncomputed, victims, without_memory};
 use super::validate::{Limits, StepValidator};
 use super::verdicts::{INVALID_LOGITS, NO_TOKEN, Verdicts};
 use crate::decoder::{ForwardInput, KvCache, SamplingInput, StepLimits};
@@ -29,6 +30,7 @@ pub(super) struct Serving {
     /// What chooses tokens instead, on a GPU.
     device: Option<DeviceState>,
     verdicts: Verdicts,
+    uncomputed: Uncomputed,
     in_flight: VecDeque<InFlight>,
     /// Batches whose buffers are used again.
     idle: Vec<Batch>,
@@ -46,6 +48,8 @@ struct InFlight {
     readback: Option<Readback>,
     /// What it released while other steps were in flight, which may still choose tokens of these.
     released: Vec<(u64, Sequence)>,
+    /// What it was computed without, though it was to be in it.
+    left_out: Vec<LeftOut>,
 }
 
 /// Time spent in the parts of a step.
@@ -77,6 +81,7 @@ impl Serving {
             chooser: Chooser::new(context.num_threads()),
             device,
             verdicts: Verdicts::new(limits.max_step_sequences),
+            uncomputed: Uncomputed::default(),
             in_flight: VecDeque::new(),
             idle: Vec::new(),
             last_collected: None,
@@ -90,10 +95,17 @@ impl Serving {
         let mut parts = rank.parts(&mut self.cache);
         for input in [largest_prefill(&self.limits), largest_decode(&self.limits)] {
             let num_rows = input.logit_rows.len();
-            let readback = device.launch(&mut parts, &input, &mut self.staging, Form::Mixed, num_rows)?;
+            let readback = device.launch(&mut parts, &input, &mut self.staging, Form::Direct, num_rows)?;
             device.collect(readback, &mut Vec::new())?;
         }
-        Ok(())
+        Ok(device.try_admission(parts.context)?)
+    }
+
+    /// See [`DeviceState::settle`].
+    pub(super) fn settle(&mut self, rank: &RankModel) {
+        if let Some(device) = &mut self.device {
+            device.settle(rank.communicator.as_ref());
+        }
     }
 
     /// Records the decode steps of short contexts; others are recorded when they come. Returns how many there are.
@@ -161,6 +173,7 @@ impl Serving {
             }
         }
         self.sequences.clear();
+        self.uncomputed.clear();
         if let Some(device) = &mut self.device {
             device.clear();
         }
@@ -172,38 +185,69 @@ impl Serving {
     }
 
     /// Begins to compute a step that has been validated.
+    ///
+    /// Where memory does not suffice for it, it is computed without some of its sequences, which end with it.
     pub(super) fn launch(&mut self, request: StepRequest, rank: &mut RankModel) -> Result<(), Error> {
         let started = Instant::now();
         let released = self.release(&request.release_sequence_ids);
-        self.admit(request.admit, rank)?;
+        let admitted: Vec<u64> = request.admit.iter().map(|new| new.sequence_id).collect();
+        let mut left_out = self.admit(request.admit, rank)?;
         for scheduled in &request.schedule {
             let sequence = self.sequences.get_mut(&scheduled.sequence_id).expect("validated: it is known");
             sequence.block_ids.extend_from_slice(&scheduled.append_block_ids);
+            self.uncomputed.assign(&scheduled.append_block_ids, sequence.left_out);
         }
         let mut batch = self.idle.pop().unwrap_or_default();
-        batch.fill(&request.schedule, &self.sequences, self.limits.block_size);
         let mut times = Times::default();
-        let readback = match &mut self.device {
-            _ if batch.entries.is_empty() => None,
-            Some(device) => {
-                let readback =
-                    queue(device, &mut batch, &mut self.staging, &mut rank.parts(&mut self.cache))?;
-                rank.communicator.watch(true);
-                Some(readback)
-            }
-            None => {
-                self.compute(&mut batch, rank, &mut times)?;
-                None
+        let readback = loop {
+            batch.fill(&request.schedule, &self.sequences, self.limits.block_size);
+            match self.begin(&mut batch, rank, &mut times) {
+                Ok(readback) => break readback,
+                Err(error) => {
+                    let why = without_memory(error, rank.communicator.world_size())?;
+                    let victims = victims(&batch.entries, &admitted);
+                    let num_left_out = victims.len();
+                    tracing::warn!(step_id = request.step_id, num_left_out, %why, "memory does not suffice for a step");
+                    for sequence_id in victims {
+                        left_out.push(self.leave_out(sequence_id, FinishReason::OutOfMemory));
+                    }
+                }
             }
         };
+        // They ended in this step, not before.
+        batch.skipped.retain(|skipped| left_out.iter().all(|(sequence_id, _)| sequence_id != skipped));
         for entry in &batch.entries {
             let sequence = self.sequences.get_mut(&entry.sequence_id).expect("it is in the batch");
             sequence.computed_len += entry.num_tokens;
             sequence.num_pending += usize::from(entry.samples);
         }
         let step_id = request.step_id;
-        self.in_flight.push_back(InFlight { step_id, batch, started, times, readback, released });
+        self.in_flight.push_back(InFlight { step_id, batch, started, times, readback, released, left_out });
         Ok(())
+    }
+
+    /// Has steps computed without a sequence, this one and all further ones.
+    fn leave_out(&mut self, sequence_id: u64, reason: FinishReason) -> LeftOut {
+        let sequence = self.sequences.get_mut(&sequence_id).expect("it is scheduled or was just admitted");
+        sequence.left_out = true;
+        self.uncomputed.insert(&sequence.block_ids[sequence.computed_len / self.limits.block_size..]);
+        (sequence_id, reason)
+    }
+
+    /// Hands a batch to the device, or computes it here.
+    fn begin(
+        &mut self,
+        batch: &mut Batch,
+        rank: &mut RankModel,
+        times: &mut Times,
+    ) -> Result<Option<Readback>, Error> {
+        if batch.entries.is_empty() {
+            return Ok(None);
+        }
+        let Some(device) = &mut self.device else { return self.compute(batch, rank, times).map(|()| None) };
+        let readback = queue(device, batch, &mut self.staging, &mut rank.parts(&mut self.cache))?;
+        rank.communicator.watch(true);
+        Ok(Some(readback))
     }
 
     /// Returns what steps in flight may still choose tokens of.
@@ -221,15 +265,28 @@ impl Serving {
         released
     }
 
-    fn admit(&mut self, admit: Vec<NewSequence>, rank: &RankModel) -> Result<(), Error> {
+    /// Returns those that no step can compute.
+    fn admit(&mut self, admit: Vec<NewSequence>, rank: &RankModel) -> Result<Vec<LeftOut>, Error> {
+        let mut left_out = Vec::new();
         for new in admit {
-            let on_device =
-                self.device.as_mut().map(|device| device.admit(&rank.context, &new)).transpose()?;
+            let num_acquired = (new.computed_tokens as usize).div_ceil(self.limits.block_size);
+            let (acquired, own) = new.block_ids.split_at(num_acquired);
+            let mut reason = self.uncomputed.contain_any(acquired).then_some(FinishReason::MissingPrefix);
+            self.uncomputed.assign(own, false);
+            let on_device = self.device.as_mut().map(|device| device.place(&new));
+            if let (Some(device), Some(sampling), None) = (&mut self.device, &on_device, reason)
+                && let Err(error) = device.admit(&rank.context, sampling, &new)
+            {
+                let why = without_memory(error.into(), rank.communicator.world_size())?;
+                tracing::warn!(%why, "memory does not suffice for a new sequence");
+                reason = Some(FinishReason::OutOfMemory);
+            }
             let (sequence_id, mut sequence) = (new.sequence_id, Sequence::new(new));
             sequence.on_device = on_device;
             self.sequences.insert(sequence_id, sequence);
+            left_out.extend(reason.map(|reason| self.leave_out(sequence_id, reason)));
         }
-        Ok(())
+        Ok(left_out)
     }
 
     /// On the CPU.
@@ -272,7 +329,7 @@ impl Serving {
     /// # Panics
     /// Where none is.
     pub(super) fn collect(&mut self, rank: &mut RankModel) -> Result<StepResponse, Error> {
-        let InFlight { step_id, mut batch, started, mut times, readback, .. } =
+        let InFlight { step_id, mut batch, started, mut times, readback, left_out, .. } =
             self.in_flight.pop_front().expect("launch comes before collect");
         if let (Some(device), Some(readback)) = (&mut self.device, readback) {
             device.collect(readback, &mut batch.results)?;
@@ -283,7 +340,20 @@ impl Serving {
             times.forward = now - self.last_collected.map_or(started, |last| last.max(started));
             self.last_collected = Some(now);
         }
-        let outputs = self.outputs(step_id, &mut batch, rank)?;
+        let mut outputs = self.outputs(step_id, &mut batch, rank)?;
+        for (sequence_id, reason) in left_out {
+            let sequence = find(&mut self.sequences, &mut self.in_flight, sequence_id);
+            if std::mem::replace(&mut sequence.finished, true) {
+                // By a token that the step before had chosen.
+                batch.skipped.push(sequence_id);
+            } else {
+                let finish_reason = reason.into();
+                outputs.push(SequenceOutput { sequence_id, finish_reason, ..SequenceOutput::default() });
+            }
+        }
+        if rank.communicator.rank() != 0 {
+            outputs.clear();
+        }
         let step_us = started.elapsed().as_micros() as u64;
         tracing::trace!(
             step_id,
@@ -319,9 +389,6 @@ impl Serving {
         outputs.retain(|output| {
             !output.tokens.is_empty() || !output.prompt_tokens.is_empty() || output.finish_reason != 0
         });
-        if rank.communicator.rank() != 0 {
-            outputs.clear();
-        }
         Ok(outputs)
     }
 
@@ -329,11 +396,7 @@ impl Serving {
     fn advance(&mut self, batch: &mut Batch, outputs: &mut [SequenceOutput], eos_token_ids: &[u32]) {
         let Batch { entries, skipped, .. } = batch;
         for ((entry, verdict), output) in entries.iter().zip(self.verdicts.entries()).zip(outputs) {
-            let mut released = self.in_flight.iter_mut().flat_map(|step| &mut step.released);
-            let known = self.sequences.get_mut(&entry.sequence_id);
-            let known = known
-                .or_else(|| released.find(|(id, _)| *id == entry.sequence_id).map(|(_, sequence)| sequence));
-            let sequence = known.expect("released by no step before this one");
+            let sequence = find(&mut self.sequences, &mut self.in_flight, entry.sequence_id);
             if sequence.finished {
                 // It ended in the step before, which was not known when this one was launched.
                 *output = SequenceOutput::default();
@@ -353,6 +416,18 @@ impl Serving {
     }
 }
 
+/// A sequence of a step that is answered, also where one launched later has released it.
+fn find<'a>(
+    sequences: &'a mut Sequences,
+    in_flight: &'a mut VecDeque<InFlight>,
+    sequence_id: u64,
+) -> &'a mut Sequence {
+    let mut released = in_flight.iter_mut().flat_map(|step| &mut step.released);
+    let known = sequences.get_mut(&sequence_id);
+    let known = known.or_else(|| released.find(|(id, _)| *id == sequence_id).map(|(_, sequence)| sequence));
+    known.expect("released by no step before this one")
+}
+
 /// Hands a batch to the device.
 fn queue(
     device: &mut DeviceState,
@@ -361,14 +436,13 @@ fn queue(
     parts: &mut Parts<'_>,
 ) -> Result<Readback, Error> {
     let num_results = batch.uses.len();
-    let mut form = Form::Mixed;
-    if batch.is_decode_only() {
-        form = Form::Decode;
-        if let Some(shape) = device.graphs.shape(batch.entries.len(), batch.input.max_blocks) {
-            batch.widen_block_tables(shape.max_blocks);
-            batch.input.pad(shape.rows);
-            form = Form::Recorded(shape);
-        }
+    let mut form = Form::Direct;
+    if batch.is_decode_only()
+        && let Some(shape) = device.graphs.shape(batch.entries.len(), batch.input.max_blocks)
+    {
+        batch.widen_block_tables(shape.max_blocks);
+        batch.input.pad(shape.rows);
+        form = Form::Recorded(shape);
     }
     Ok(device.launch(parts, &batch.input, staging, form, num_results)?)
 }

@@ -120,6 +120,7 @@ impl Engine {
         serving.limits.num_blocks = num_blocks;
         serving.cache = self.cache(&serving.limits)?;
         let num_graphs = serving.record_graphs(&mut self.rank)?;
+        serving.settle(&self.rank);
         let left = self.rank.context.device_memory()?.map_or(0, |memory| memory.free_bytes);
         let mib = |bytes: usize| bytes >> 20;
         tracing::info!(
@@ -230,6 +231,13 @@ impl Engine {
         if let Some(serving) = &mut self.serving {
             serving.clear();
         }
+    }
+
+    /// As if the memory that operations need inside had not been taken by warmup, for tests of what happens where there is none
+    /// left.
+    #[doc(hidden)]
+    pub fn forget_scratch(&self) -> Result<(), Error> {
+        Ok(self.rank.context.forget_scratch()?)
     }
 
     fn begin(&mut self, request: StepRequest, previous_step_id: Option<u64>) -> Result<(), Error> {

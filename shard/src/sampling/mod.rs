@@ -57,7 +57,6 @@ fn is_greedy(parameters: &SamplingParameters) -> bool {
 }
 
 /// Parameters that leave the model's distribution as it is.
-#[cfg(test)]
 pub(crate) fn neutral_parameters() -> SamplingParameters {
     SamplingParameters {
         temperature: 1.0,

@@ -142,6 +142,16 @@ async fn a_failure_before_the_first_token_has_its_status() {
     check("/generate", StatusCode::FAILED_DEPENDENCY).await;
     check("/generate_stream", StatusCode::FAILED_DEPENDENCY).await;
     check("/v1/completions", StatusCode::INTERNAL_SERVER_ERROR).await;
+    for path in ["/generate", "/generate_stream", "/v1/completions"] {
+        let body = json!({"prompt": "a", "inputs": "a", "stream": true});
+        let response = failing(Failure::OutOfMemory).post(path, &body).await;
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()["retry-after"], "5");
+        let (_, answer) = json_of(response).await;
+        let kind = if path == "/v1/completions" { &answer["error"]["code"] } else { &answer["error_type"] };
+        assert!(kind == "out_of_memory" || kind == "overloaded", "{answer}");
+        assert!(answer.to_string().contains("--max-batch-prefill-tokens"), "{answer}");
+    }
     let (status, _) = failing(Failure::ShuttingDown).answer("/generate", &json!({"inputs": "a"})).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
 }

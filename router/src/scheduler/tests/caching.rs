@@ -232,6 +232,71 @@ fn what_logits_that_are_not_finite_came_from_is_not_used_again() {
 }
 
 #[test]
+fn who_was_let_in_over_blocks_that_memory_did_not_suffice_for_is_let_in_again() {
+    let mut house = House::new(Limits { steps_in_flight: 2, ..LIMITS });
+    let old = house.submit_one(request(9, 4, 12));
+    house.answer();
+    let new = house.submit_one(request(1, 16, 4));
+    // Is told that the blocks are coming, and is let in over them while the step that was to compute them is in flight.
+    let mut longer = request(1, 16, 4);
+    longer.prompt.extend([TokenId(7), TokenId(8)]);
+    let waiting = house.submit_one(longer);
+    let admitted = |house: &House, reader: usize| {
+        let request = &house.readers[reader].request;
+        house.sent.iter().flat_map(|step| &step.admit).filter(|new| *new.request == *request).count()
+    };
+    while admitted(&house, new) == 0 || house.in_flight[0].admit.is_empty() {
+        house.answer();
+    }
+    assert_eq!((house.in_flight.len(), admitted(&house, waiting)), (2, 1));
+    assert_eq!(house.in_flight[1].admit[0].computed_tokens, 16);
+
+    house.shard.shortages = 1;
+    house.finish();
+    assert_eq!(house.readers[new].failure, Some(Failure::OutOfMemory));
+    assert_eq!(admitted(&house, waiting), 2);
+    for reader in [old, waiting] {
+        assert_eq!(house.readers[reader].failure, None);
+        assert_eq!(house.readers[reader].transcript, alone(&house.readers[reader].request));
+    }
+    house.check_empty();
+}
+
+#[test]
+fn what_a_dropped_request_was_to_compute_and_memory_did_not_suffice_for_is_not_shared() {
+    let mut house = House::new(LIMITS);
+    let dropped = house.submit_one(request(1, 16, 4));
+    assert_eq!(house.in_flight.len(), 1);
+    // Its blocks stay in the cache, where nobody knows yet that they are not computed.
+    house.cancel(dropped);
+    house.shard.shortages = 1;
+    house.answer();
+    let again = house.submit_one(request(1, 18, 4));
+    house.finish();
+    assert_eq!(house.readers[again].cached_tokens, 0);
+    assert_eq!(house.readers[again].transcript, alone(&house.readers[again].request));
+    house.check_empty();
+}
+
+#[test]
+fn what_a_request_computed_before_memory_did_not_suffice_for_it_is_used_again() {
+    let mut house = House::new(LIMITS);
+    let first = house.submit_one(request(1, 40, 2));
+    // Two chunks of 16 are computed, the third is not.
+    house.answer();
+    house.answer();
+    house.shard.shortages = 1;
+    house.answer();
+    house.read_all();
+    assert_eq!(house.readers[first].failure, Some(Failure::OutOfMemory));
+    let again = house.submit_one(request(1, 40, 2));
+    house.finish();
+    assert_eq!(house.readers[again].cached_tokens, 32);
+    assert_eq!(house.readers[again].transcript, alone(&house.readers[again].request));
+    house.check_empty();
+}
+
+#[test]
 fn without_prefix_caching_all_is_computed_and_nothing_kept() {
     let mut house = House::new(Limits { prefix_caching: false, ..LIMITS });
     house.submit(vec![request(1, 20, 2), request(1, 20, 2)]).unwrap();

@@ -28,6 +28,10 @@ pub(super) struct ModelShard {
     sequences: HashMap<SequenceId, Sequence>,
     known: HashSet<SequenceId>,
     last_step: u64,
+    /// How often memory does not suffice for the next step that computes something.
+    pub(super) shortages: usize,
+    /// Blocks of sequences that were left out then.
+    uncomputed: HashSet<BlockId>,
 }
 
 struct Sequence {
@@ -37,6 +41,8 @@ struct Sequence {
     request: Arc<TokenRequest>,
     prompt_logprobs: bool,
     ended: bool,
+    /// For want of memory, or of a prefix.
+    left_out: bool,
 }
 
 impl ModelShard {
@@ -48,6 +54,8 @@ impl ModelShard {
             sequences: HashMap::new(),
             known: HashSet::new(),
             last_step: 0,
+            shortages: 0,
+            uncomputed: HashSet::new(),
         }
     }
 
@@ -74,14 +82,62 @@ impl ModelShard {
             skipped: Vec::new(),
             times: StepTimes::default(),
         };
+        let mut left_out = self.without_prefix(step);
+        if !step.schedule.is_empty() {
+            for _ in 0..std::mem::take(&mut self.shortages) {
+                left_out.extend(self.victims(step, &left_out));
+            }
+        }
         for scheduled in &step.schedule {
-            if self.sequences[&scheduled.sequence].ended {
-                answer.skipped.push(scheduled.sequence);
+            let sequence = scheduled.sequence;
+            if let Some(outcome) = left_out.get(&sequence) {
+                self.leave_out(scheduled);
+                answer.outputs.push(SequenceOutput {
+                    sequence,
+                    prompt: Vec::new(),
+                    outcome: outcome.clone(),
+                });
+            } else if self.sequences[&sequence].left_out {
+                self.leave_out(scheduled);
+                answer.skipped.push(sequence);
+            } else if self.sequences[&sequence].ended {
+                answer.skipped.push(sequence);
             } else {
                 answer.outputs.extend(self.compute(scheduled));
             }
         }
         answer
+    }
+
+    /// Those that the step admits over blocks that were not computed.
+    fn without_prefix(&self, step: &Step) -> HashMap<SequenceId, Outcome> {
+        let reads_uncomputed =
+            |new: &&NewSequence| new.block_ids.iter().any(|block| self.uncomputed.contains(block));
+        step.admit.iter().filter(reads_uncomputed).map(|new| (new.id, Outcome::MissingPrefix)).collect()
+    }
+
+    /// Whom the step is computed without: those that it admits, else the youngest.
+    fn victims(&self, step: &Step, left_out: &HashMap<SequenceId, Outcome>) -> Vec<(SequenceId, Outcome)> {
+        let computed = step.schedule.iter().map(|scheduled| scheduled.sequence).filter(|id| {
+            let sequence = &self.sequences[id];
+            !sequence.ended && !sequence.left_out && !left_out.contains_key(id)
+        });
+        let computed = computed.collect::<Vec<_>>();
+        let is_new = |id: &&SequenceId| step.admit.iter().any(|new| new.id == **id);
+        let mut victims = computed.iter().filter(is_new).copied().collect::<Vec<_>>();
+        if victims.is_empty() {
+            victims.extend(computed.iter().max_by_key(|id| id.0));
+        }
+        victims.into_iter().map(|id| (id, Outcome::OutOfMemory)).collect()
+    }
+
+    fn leave_out(&mut self, scheduled: &Scheduled) {
+        let block_size = self.limits.budget.block_size;
+        let sequence =
+            self.sequences.get_mut(&scheduled.sequence).expect("a scheduled sequence was admitted");
+        sequence.left_out = true;
+        sequence.blocks.extend(&scheduled.new_blocks);
+        self.uncomputed.extend(&sequence.blocks[sequence.computed / block_size..]);
     }
 
     fn admit(&mut self, new: &NewSequence) {
@@ -107,6 +163,7 @@ impl ModelShard {
             request: Arc::clone(&new.request),
             prompt_logprobs: new.prompt_logprobs,
             ended: false,
+            left_out: false,
         };
         self.sequences.insert(new.id, sequence);
     }
@@ -127,6 +184,7 @@ impl ModelShard {
         let id = scheduled.sequence;
         for &block in &scheduled.new_blocks {
             assert!(block.0 < self.limits.num_blocks, "{block} is in the cache");
+            self.uncomputed.remove(&block);
             let before = self.users.insert(block, HashSet::from([id]));
             assert_eq!(before, None, "{block} is given to {id} while it is used");
         }

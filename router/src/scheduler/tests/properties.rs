@@ -17,6 +17,8 @@ enum Op {
     Read(prop::sample::Index, usize),
     ReadAll,
     Answer(usize),
+    /// Memory does not suffice for a step, so often.
+    Shortage(usize),
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
@@ -77,6 +79,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (any::<prop::sample::Index>(), 1..80_usize).prop_map(|(reader, events)| Op::Read(reader, events)),
         1 => Just(Op::ReadAll),
         6 => (1..40_usize).prop_map(Op::Answer),
+        1 => (1..4_usize).prop_map(Op::Shortage),
     ];
     prop::collection::vec(op, 1..40)
 }
@@ -110,6 +113,7 @@ fn play(house: &mut House, limits: &Limits, ops: Vec<Op>) {
                     house.answer();
                 }
             }
+            Op::Shortage(shortages) => house.shard.shortages = shortages,
         }
     }
 }
@@ -126,7 +130,9 @@ proptest! {
     #[test]
     fn every_request_ends_once_with_what_it_gets_alone(limits in limits(), places in 1..24_u32, ops in ops()) {
         let mut house = House::with_places(limits, places);
+        let short = ops.iter().any(|op| matches!(op, Op::Shortage(_)));
         play(&mut house, &limits, ops);
+        house.shard.shortages = 0;
         house.finish();
         for reader in &house.readers {
             check_begins_as_alone(reader);
@@ -135,7 +141,9 @@ proptest! {
             }
             assert!(reader.ended, "{:?} never ended", reader.request);
             assert_eq!(reader.starts, 1);
-            if reader.request.prompt[0] == POISON {
+            if reader.failure == Some(Failure::OutOfMemory) {
+                assert!(short, "memory did suffice");
+            } else if reader.request.prompt[0] == POISON {
                 assert_eq!(reader.failure, Some(Failure::InvalidLogits));
             } else {
                 assert_eq!(reader.failure, None);
@@ -162,7 +170,7 @@ proptest! {
                     assert_eq!(reason, "the plug was pulled");
                     check_begins_as_alone(reader);
                 }
-                Some(failure) => assert_eq!(failure, &Failure::InvalidLogits),
+                Some(failure) => assert!(matches!(failure, Failure::InvalidLogits | Failure::OutOfMemory)),
             }
         }
         let gauges = house.scheduler.gauges();
