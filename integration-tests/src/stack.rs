@@ -20,7 +20,7 @@ const START_TIMEOUT: Duration = Duration::from_mins(1);
 const PROMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Between two looks at something that changes.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A running server, stopped when it is dropped.
 pub struct Stack {
@@ -202,7 +202,7 @@ fn url_in(log: &str) -> Option<String> {
     Some(url[..end].to_owned())
 }
 
-fn collect_lines(stream: Option<impl Read + Send + 'static>, lines: &Arc<Mutex<Vec<String>>>) {
+pub(crate) fn collect_lines(stream: Option<impl Read + Send + 'static>, lines: &Arc<Mutex<Vec<String>>>) {
     let (stream, lines) = (stream.expect("the stream is piped"), Arc::clone(lines));
     std::thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {

@@ -1,7 +1,8 @@
 //! `lamplighter`: one executable in three roles.
 //!
 //! - `lamplighter [flags]` is the **launcher**: it resolves a model ([`model`]), decides how many shards there are and
-//!   where they listen ([`topology`]), starts shards and router, and keeps them alive ([`supervisor`]).
+//!   where they listen ([`topology`]), starts shards and router, and keeps them alive ([`supervisor`]); on several hosts there is
+//!   one on each, and they meet first ([`nodes`]).
 //! - `lamplighter shard` and `lamplighter router` are what it starts; people may start them too, with flags.
 //! - `lamplighter shard --settings FILE` and `lamplighter router --settings FILE` are how the launcher starts them
 //!   ([`child`]): the parsed settings travel in a file, so no command line is built by hand.
@@ -9,6 +10,7 @@
 mod child;
 mod config;
 mod model;
+mod nodes;
 mod output;
 mod process;
 mod readiness;
@@ -22,6 +24,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use crate::config::{Invocation, LauncherConfig};
+use crate::nodes::Nodes;
 use crate::output::Output;
 use crate::supervisor::{Outcome, Supervisor};
 use crate::topology::RunDirectory;
@@ -48,7 +51,6 @@ fn launch(config: &LauncherConfig) -> anyhow::Result<ExitCode> {
     let config = &config.resolved()?;
     let run_directory = RunDirectory::create()?;
     let model = model::resolve(config.model_id.as_deref(), run_directory.path())?;
-    let group = topology::arrange(config, &model, &run_directory)?;
     let (output, writer) = Output::start(config.router.json_output, std::io::stdout());
     output.install_tracing(&config.router.log_level)?;
 
@@ -58,7 +60,17 @@ fn launch(config: &LauncherConfig) -> anyhow::Result<ExitCode> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("no async runtime")?;
     let outcome = runtime.block_on(async {
         let signals = supervisor::termination_signals().context("SIGTERM and SIGINT cannot be awaited")?;
-        Supervisor::start(group, signals, output.clone())?.run().await
+        let mut signals = signals;
+        let span = config.span();
+        let nodes = tokio::select! {
+            nodes = Nodes::meet(&span) => nodes?,
+            Some(signal) = signals.recv() => {
+                tracing::info!("{signal} before all nodes were there");
+                return Ok(Outcome::Stopped);
+            }
+        };
+        let group = topology::arrange(config, &model, &run_directory, &nodes)?;
+        Supervisor::start(group, nodes, signals, output.clone())?.run().await
     });
     output.finish(writer);
     Ok(match outcome? {

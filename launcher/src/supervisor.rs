@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until};
 use tracing::{error, info, warn};
 
+use crate::config::Span;
+use crate::nodes::{NodeEvent, Nodes};
 use crate::output::Output;
 use crate::process::{Exit, Process};
 use crate::readiness::{self, Ready};
@@ -44,11 +46,14 @@ pub(crate) struct Group {
     pub(crate) shards: Vec<Member>,
     /// Each shard's socket; it exists when the shard listens.
     pub(crate) sockets: Vec<PathBuf>,
-    pub(crate) router: Member,
+    /// On node 0 only.
+    pub(crate) router: Option<Member>,
     /// Where the router writes the address that it bound.
     pub(crate) address_file: PathBuf,
     /// What the router gives its running requests when it is asked to end.
     pub(crate) drain_timeout: Duration,
+    /// The hosts, of which these are one's.
+    pub(crate) span: Span,
 }
 
 /// A process that is to be started.
@@ -89,7 +94,10 @@ pub(crate) struct Supervisor {
     started: Instant,
     running: BTreeMap<String, Process>,
     router: Option<Member>,
-    router_name: String,
+    /// None where another node has it.
+    router_name: Option<String>,
+    span: Span,
+    nodes: Nodes,
     address_file: PathBuf,
     drain_timeout: Duration,
     output: Output,
@@ -111,7 +119,7 @@ enum Phase {
         exits: Vec<Exit>,
         deadline: Instant,
     },
-    /// The router finishes its requests.
+    /// The router finishes its requests, here or on node 0.
     Draining {
         deadline: Instant,
     },
@@ -129,6 +137,7 @@ enum Event {
     StillStarting,
     Exited(Exit),
     AskedToStop(Signal),
+    Elsewhere(NodeEvent),
     DeadlinePassed,
 }
 
@@ -137,27 +146,35 @@ impl Supervisor {
     /// [`Process::spawn`] asks for.
     pub(crate) fn start(
         group: Group,
+        nodes: Nodes,
         signals: mpsc::Receiver<Signal>,
         output: Output,
     ) -> anyhow::Result<Self> {
-        let Group { shards, sockets, router, address_file, drain_timeout } = group;
+        let Group { shards, sockets, router, address_file, drain_timeout, span } = group;
         let (exit_sender, exits) = mpsc::channel(shards.len() + 1);
         let started = Instant::now();
         let mut progress = interval_at(started + PROGRESS_INTERVAL, PROGRESS_INTERVAL);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut supervisor = Self {
-            phase: Phase::Starting {
+        let phase = if router.is_some() {
+            Phase::Starting {
                 waits_for: "the shards to load the model",
                 step: Box::pin(async move {
                     readiness::shards_listen(&sockets).await;
                     Event::ShardsListen
                 }),
-            },
+            }
+        } else {
+            Phase::Starting { waits_for: "node 0 to serve", step: Box::pin(std::future::pending()) }
+        };
+        let mut supervisor = Self {
+            phase,
             outcome: Outcome::Stopped,
             started,
             running: BTreeMap::new(),
-            router_name: router.name.clone(),
-            router: Some(router),
+            router_name: router.as_ref().map(|router| router.name.clone()),
+            router,
+            span,
+            nodes,
             address_file,
             drain_timeout,
             output,
@@ -184,11 +201,12 @@ impl Supervisor {
             Outcome::Stopped => info!("stopped"),
             Outcome::Failed => error!("stopped after a failure"),
         }
+        self.nodes.part().await;
         Ok(self.outcome)
     }
 
     async fn select(&mut self) -> Event {
-        let Self { phase, exits, signals, progress, .. } = self;
+        let Self { phase, exits, signals, progress, nodes, .. } = self;
         let (mut step, deadline) = match phase {
             Phase::Starting { step, .. } => (Some(step), None),
             Phase::Dying { deadline, .. } | Phase::Draining { deadline } | Phase::Stopping { deadline } => {
@@ -214,6 +232,7 @@ impl Supervisor {
             biased;
             Some(exit) = exits.recv() => Event::Exited(exit),
             Some(signal) = signals.recv() => Event::AskedToStop(signal),
+            event = nodes.next() => Event::Elsewhere(event),
             event = step => event,
             () = deadline => Event::DeadlinePassed,
             _ = progress.tick(), if is_starting => Event::StillStarting,
@@ -226,7 +245,9 @@ impl Supervisor {
             Event::RouterServes(ready) => {
                 self.phase = Phase::Serving;
                 self.announce(&ready).await;
+                self.nodes.tell_serving();
             }
+            Event::Elsewhere(event) => self.elsewhere(event),
             Event::StillStarting => {
                 if let Phase::Starting { waits_for, .. } = self.phase {
                     info!(seconds = self.started.elapsed().as_secs(), "waiting for {waits_for}");
@@ -243,6 +264,33 @@ impl Supervisor {
             },
         }
         Ok(())
+    }
+
+    /// What another node tells, or its end.
+    fn elsewhere(&mut self, event: NodeEvent) {
+        let is_underway =
+            matches!(self.phase, Phase::Starting { .. } | Phase::Serving | Phase::Draining { .. });
+        match event {
+            NodeEvent::Serving => {
+                if let Phase::Starting { .. } = self.phase {
+                    self.phase = Phase::Serving;
+                    self.announce_node();
+                }
+            }
+            NodeEvent::Leaving(node) => {
+                if let Phase::Starting { .. } | Phase::Serving = self.phase {
+                    info!("{node} was asked to end, and nothing can go on without it");
+                    self.stop(Signal::SIGTERM);
+                }
+            }
+            NodeEvent::Stop if is_underway => self.stop_all(SHARDS_STOP_TIMEOUT),
+            NodeEvent::Lost(message) if is_underway => {
+                error!("{message}");
+                self.begin_dying(Vec::new());
+            }
+            // All end here already.
+            NodeEvent::Stop | NodeEvent::Lost(_) => {}
+        }
     }
 
     fn start_router(&mut self) -> anyhow::Result<()> {
@@ -265,26 +313,29 @@ impl Supervisor {
     fn one_exited(&mut self, exit: Exit) {
         self.running.remove(&exit.name);
         match &mut self.phase {
-            Phase::Draining { .. } if exit.name == self.router_name => {
+            Phase::Draining { .. } if Some(&exit.name) == self.router_name.as_ref() => {
                 if !exit.status.success() {
                     self.outcome = Outcome::Failed;
                     warn!("{} ended with {} while it was finishing its requests", exit.name, exit.status);
                 }
                 self.stop_all(SHARDS_STOP_TIMEOUT);
             }
-            Phase::Starting { .. } | Phase::Serving | Phase::Draining { .. } => {
-                self.outcome = Outcome::Failed;
-                self.phase = Phase::Dying { exits: vec![exit], deadline: Instant::now() + DEATHS_WINDOW };
-            }
+            Phase::Starting { .. } | Phase::Serving | Phase::Draining { .. } => self.begin_dying(vec![exit]),
             Phase::Dying { exits, .. } => exits.push(exit),
             Phase::Stopping { .. } | Phase::Killing => {}
         }
     }
 
+    fn begin_dying(&mut self, exits: Vec<Exit>) {
+        self.outcome = Outcome::Failed;
+        self.phase = Phase::Dying { exits, deadline: Instant::now() + DEATHS_WINDOW };
+        self.nodes.tell_failed();
+    }
+
     /// Tells who died: shards before the router, which dies of theirs.
     fn report_deaths(&mut self) {
         if let Phase::Dying { exits, .. } = &mut self.phase {
-            exits.sort_by_key(|exit| exit.name == self.router_name);
+            exits.sort_by_key(|exit| Some(&exit.name) == self.router_name.as_ref());
             exits.drain(..).for_each(|exit| report_death(&exit));
         }
     }
@@ -292,13 +343,25 @@ impl Supervisor {
     fn stop(&mut self, signal: Signal) {
         match self.phase {
             Phase::Starting { .. } | Phase::Serving => {
-                if let Some(router) = self.running.get(&self.router_name) {
+                let router = self.router_name.as_ref().and_then(|name| self.running.get(name));
+                if let Some(router) = router {
                     info!(seconds_max = self.drain_timeout.as_secs(), "{signal}: finishing running requests");
                     router.signal(Signal::SIGTERM);
                     let deadline = Instant::now() + self.drain_timeout + ROUTER_STOP_MARGIN;
                     self.phase = Phase::Draining { deadline };
+                } else if self.router_name.is_none() && matches!(self.phase, Phase::Serving) {
+                    let seconds_max = self.drain_timeout.as_secs();
+                    info!(seconds_max, "{signal}: node 0 is finishing running requests");
+                    self.nodes.tell_leaving();
+                    // Its router and its shards have their time before it says that all end.
+                    let deadline =
+                        Instant::now() + self.drain_timeout + ROUTER_STOP_MARGIN + SHARDS_STOP_TIMEOUT;
+                    self.phase = Phase::Draining { deadline };
                 } else {
                     info!("{signal} before the start was complete");
+                    if self.router_name.is_none() {
+                        self.nodes.tell_leaving();
+                    }
                     self.stop_all(SHARDS_STOP_TIMEOUT);
                 }
             }
@@ -313,6 +376,9 @@ impl Supervisor {
     }
 
     fn stop_all(&mut self, timeout: Duration) {
+        if self.router_name.is_some() && self.outcome == Outcome::Stopped {
+            self.nodes.tell_stop();
+        }
         self.signal_all(Signal::SIGTERM);
         self.phase = Phase::Stopping { deadline: Instant::now() + timeout };
     }
@@ -330,6 +396,17 @@ impl Supervisor {
         for process in self.running.values() {
             process.signal(signal);
         }
+    }
+
+    fn announce_node(&self) {
+        let Span { num_nodes, node_rank, num_shard, master_addr, .. } = &self.span;
+        let ranks = self.span.ranks();
+        info!(
+            "node {node_rank} of {num_nodes} serves, with shards {} to {} of {num_shard}; requests go to node 0 at {}",
+            ranks.start,
+            ranks.end.saturating_sub(1),
+            master_addr.as_deref().unwrap_or_default()
+        );
     }
 
     async fn announce(&self, ready: &Ready) {
@@ -409,14 +486,22 @@ mod tests {
         let group = Group {
             shards: vec![member("shard-0", launch.shard, directory.path())],
             sockets: vec![directory.path().join("shard-0")],
-            router: member("router", launch.router, directory.path()),
+            router: Some(member("router", launch.router, directory.path())),
             address_file: directory.path().join("address"),
             drain_timeout: launch.drain_timeout,
+            span: Span {
+                num_nodes: 1,
+                node_rank: 0,
+                num_shard: 1,
+                master_addr: None,
+                master_port: 29500,
+                shard_port: 29600,
+            },
         };
         let recorded = Recorded::default();
         let (output, writer) = Output::start(false, recorded.clone());
         let (sender, signals) = mpsc::channel(launch.signals.len().max(1));
-        let supervisor = Supervisor::start(group, signals, output.clone()).unwrap();
+        let supervisor = Supervisor::start(group, Nodes::none(), signals, output.clone()).unwrap();
         let until_served = recorded.clone();
         tokio::spawn(async move {
             while !until_served.text().contains("Connected") {

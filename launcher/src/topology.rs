@@ -1,6 +1,7 @@
 //! From the number of shards to places: ranks, threads, sockets, and the files by which the processes find each other.
 
 use std::fs::{File, Permissions};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use crate::child::ChildSettings;
 use crate::config::LauncherConfig;
 use crate::model::Model;
+use crate::nodes::Nodes;
 use crate::supervisor::{Group, Member};
 
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, the last of them zero.
@@ -106,51 +108,77 @@ pub(crate) fn arrange(
     config: &LauncherConfig,
     model: &Model,
     run: &RunDirectory,
+    nodes: &Nodes,
 ) -> Result<Group, TopologyError> {
+    let span = config.span();
     let (mut shards, mut sockets) = (Vec::new(), Vec::new());
-    for placement in place_shards(config, model, run, num_cores()) {
+    for placement in place_shards(config, model, run, nodes.own_address, num_cores()) {
         let name = format!("shard-{}", placement.rank);
-        let socket = placement.uds_path.clone();
-        clear_socket(&socket)?;
+        if let Some(socket) = &placement.uds_path {
+            clear_socket(socket)?;
+            sockets.push(socket.clone());
+        }
         let settings = ChildSettings::Shard { config: config.shard.clone(), placement };
         shards.push(Member { command: settings.command(&name, run.path())?, name });
-        sockets.push(socket);
     }
     let address_file = run.path().join("router-address");
+    let of_other_nodes = nodes.shard_addresses.iter().map(|address| format!("http://{address}"));
     let placement = RouterPlacement {
         model_dir: model.directory.clone(),
         model_name: Some(model.name.clone()),
-        shard_addresses: sockets.iter().map(|socket| socket.display().to_string()).collect(),
+        shard_addresses: sockets
+            .iter()
+            .map(|socket| socket.display().to_string())
+            .chain(of_other_nodes)
+            .collect(),
         address_file: Some(address_file.clone()),
     };
     let settings = ChildSettings::Router { config: config.router.clone(), placement };
-    let router = Member { command: settings.command("router", run.path())?, name: "router".to_owned() };
+    let router = (span.node_rank == 0)
+        .then(|| {
+            settings
+                .command("router", run.path())
+                .map(|command| Member { command, name: "router".to_owned() })
+        })
+        .transpose()?;
     let drain_timeout = Duration::from_secs(config.router.graceful_termination_timeout);
-    Ok(Group { shards, sockets, router, address_file, drain_timeout })
+    Ok(Group { shards, sockets, router, address_file, drain_timeout, span })
 }
 
+/// `own_address`: of this host, where its shards listen for the router of another.
 fn place_shards(
     config: &LauncherConfig,
     model: &Model,
     run: &RunDirectory,
+    own_address: Option<IpAddr>,
     num_cores: usize,
 ) -> Vec<ShardPlacement> {
-    let world_size = config.num_shard.unwrap_or(1);
+    let span = config.span();
+    let is_alone = span.num_nodes == 1;
     let prefix = config.shard_uds_path.clone().map_or_else(|| run.path().join("shard"), PathBuf::from);
-    (0..world_size)
-        .map(|rank| ShardPlacement {
-            model_dir: model.directory.clone(),
-            uds_path: with_rank(&prefix, rank),
-            rank,
-            world_size,
-            rendezvous: (world_size > 1).then(|| run.rendezvous()),
-            master_addr: None,
-            master_port: 0,
-            local_rank: None,
-            num_threads: Some((num_cores / world_size).max(1)),
-            json_output: config.router.json_output,
-            log_level: config.router.log_level.clone(),
-            supervised: true,
+    // Not by its name on its own host, which may not be resolved there yet.
+    let master_addr = span.master_addr.clone().filter(|_| span.node_rank > 0);
+    let master_addr = || master_addr.clone().unwrap_or_else(|| "localhost".to_owned());
+    (0..)
+        .zip(span.ranks())
+        .map(|(local_rank, rank)| {
+            let port = |address| SocketAddr::new(address, span.shard_port + local_rank as u16);
+            let listen = own_address.map(port);
+            ShardPlacement {
+                model_dir: model.directory.clone(),
+                uds_path: listen.is_none().then(|| with_rank(&prefix, rank)),
+                listen,
+                rank,
+                world_size: span.num_shard,
+                rendezvous: (is_alone && span.num_shard > 1).then(|| run.rendezvous()),
+                master_addr: (!is_alone).then(master_addr),
+                master_port: span.master_port,
+                local_rank: (!is_alone).then_some(local_rank),
+                num_threads: Some((num_cores / span.shards_per_node()).max(1)),
+                json_output: config.router.json_output,
+                log_level: config.router.log_level.clone(),
+                supervised: true,
+            }
         })
         .collect()
 }
@@ -206,7 +234,7 @@ mod tests {
     #[test]
     fn shards_share_the_cores_and_meet_in_one_file() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&["--num-shard", "3"]), &model(), &run, 8);
+        let shards = place_shards(&config(&["--num-shard", "3"]), &model(), &run, None, 8);
         assert_eq!(shards.iter().map(|shard| shard.rank).collect::<Vec<_>>(), [0, 1, 2]);
         assert!(shards.iter().all(|shard| shard.world_size == 3 && shard.num_threads == Some(2)));
         assert!(shards.iter().all(|shard| shard.rendezvous == Some(run.rendezvous())));
@@ -215,14 +243,14 @@ mod tests {
     #[test]
     fn more_shards_than_cores_still_have_a_thread_each() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&["--num-shard", "4"]), &model(), &run, 2);
+        let shards = place_shards(&config(&["--num-shard", "4"]), &model(), &run, None, 2);
         assert!(shards.iter().all(|shard| shard.num_threads == Some(1)));
     }
 
     #[test]
     fn one_shard_has_nobody_to_meet() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&[]), &model(), &run, 2);
+        let shards = place_shards(&config(&[]), &model(), &run, None, 2);
         assert_eq!(shards[0].rendezvous, None);
     }
 
@@ -233,9 +261,34 @@ mod tests {
             &config(&["--num-shard", "2", "--shard-uds-path", "/tmp/text-generation-server"]),
             &model(),
             &run,
+            None,
             2,
         );
-        assert_eq!(shards[1].uds_path, Path::new("/tmp/text-generation-server-1"));
+        assert_eq!(shards[1].uds_path.as_deref(), Some(Path::new("/tmp/text-generation-server-1")));
+    }
+
+    #[test]
+    fn shards_of_another_host_listen_at_its_ports_and_meet_at_node_0() {
+        let run = RunDirectory::create().unwrap();
+        let place = |node: &str, own_address| {
+            let flags =
+                ["--num-shard", "4", "--num-nodes", "2", "--master-addr", "head", "--node-rank", node];
+            place_shards(&config(&flags), &model(), &run, own_address, 8)
+        };
+        let first = place("0", None);
+        assert!(first.iter().all(|shard| shard.uds_path.is_some() && shard.listen.is_none()));
+        assert!(first.iter().all(|shard| shard.master_addr.as_deref() == Some("localhost")));
+        let second = place("1", Some(IpAddr::from([10, 0, 0, 2])));
+        let listen: Vec<String> = second.iter().map(|shard| shard.listen.unwrap().to_string()).collect();
+        assert_eq!(listen, ["10.0.0.2:29600", "10.0.0.2:29601"]);
+        for (local_rank, shard) in second.iter().enumerate() {
+            assert_eq!(
+                (shard.rank, shard.local_rank, shard.world_size),
+                (2 + local_rank, Some(local_rank), 4)
+            );
+            assert_eq!((shard.master_addr.as_deref(), shard.master_port), (Some("head"), 29500));
+            assert_eq!((&shard.uds_path, &shard.rendezvous, shard.num_threads), (&None, &None, Some(4)));
+        }
     }
 
     #[test]

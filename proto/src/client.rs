@@ -12,6 +12,11 @@ use crate::v1::shard_client::ShardClient;
 /// Steps of a long prompt carry its ids: 1 Mi tokens of up to 5 bytes each, and some room.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
+/// How often a shard on another host is asked for a sign of life, and how long it may take: a host that is switched off closes
+/// no connection.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Where a shard listens: `unix:/path/to/socket`, a bare path, or `http://host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ShardAddress {
@@ -54,7 +59,15 @@ impl std::fmt::Display for ShardAddress {
 /// Opens a channel to a shard, waiting no longer than `timeout`.
 pub async fn connect(address: &ShardAddress, timeout: Duration) -> Result<Channel, tonic::transport::Error> {
     match address {
-        ShardAddress::Tcp(uri) => Endpoint::from(uri.clone()).connect_timeout(timeout).connect().await,
+        ShardAddress::Tcp(uri) => {
+            Endpoint::from(uri.clone())
+                .connect_timeout(timeout)
+                .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+                .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+                .keep_alive_while_idle(true)
+                .connect()
+                .await
+        }
         ShardAddress::Unix(path) => {
             let path = path.clone();
             // The URI is only the `:authority` header of the requests; the connector ignores it.

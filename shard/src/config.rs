@@ -1,5 +1,6 @@
 //! The shard's settings: each is declared here once, and is a flag and an environment variable of `lamplighter` too.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -76,14 +77,19 @@ pub struct ShardPlacement {
     pub model_dir: PathBuf,
 
     /// Socket to listen on
-    #[arg(long)]
-    pub uds_path: PathBuf,
+    #[arg(long, required_unless_present = "listen")]
+    pub uds_path: Option<PathBuf>,
 
-    /// This shard's rank in its tensor-parallel group
+    /// Address and port to listen on instead, for a router on another host. Whoever reaches it can use the shard: it belongs
+    /// into a private network
+    #[arg(long, conflicts_with = "uds_path")]
+    pub listen: Option<SocketAddr>,
+
+    /// This shard's rank in its tensor-parallel group [env: LWS_WORKER_INDEX, where RANK is not set]
     #[arg(long, env = "RANK", default_value_t = 0)]
     pub rank: usize,
 
-    /// Number of ranks in the group
+    /// Number of ranks in the group [env: LWS_GROUP_SIZE, where WORLD_SIZE is not set]
     #[arg(long, env = "WORLD_SIZE", default_value_t = 1)]
     pub world_size: usize,
 
@@ -91,7 +97,7 @@ pub struct ShardPlacement {
     #[arg(long)]
     pub rendezvous: Option<PathBuf>,
 
-    /// Host of rank 0, where the ranks of several hosts meet (GPUs only)
+    /// Host of rank 0, where the ranks of several hosts meet (GPUs only) [env: LWS_LEADER_ADDRESS, where MASTER_ADDR is not set]
     #[arg(long, env = "MASTER_ADDR")]
     pub master_addr: Option<String>,
 

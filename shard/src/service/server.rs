@@ -1,5 +1,6 @@
 //! The server: all services on one socket, from the start of loading until the end.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -9,13 +10,15 @@ use proto::client::MAX_MESSAGE_BYTES;
 use proto::v1::InfoResponse;
 use proto::v1::shard_server::ShardServer;
 use tokio::sync::watch;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt};
 use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use super::connection::Connection;
 use super::shard::ShardService;
 use super::socket::Socket;
 use crate::config::{ShardConfig, ShardPlacement};
@@ -39,8 +42,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     check(&placement)?;
-    let (_socket, listener) = Socket::bind(&placement.uds_path)?;
-    let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+    let (_socket, incoming) = listen(&placement).await?;
     let (engine, events) =
         spawn(move || load(&config, &placement)).context("starting the engine's thread")?;
     let (info_sender, info) = watch::channel(None);
@@ -60,6 +62,29 @@ pub async fn serve(
     // Streams end with the engine's last answer; a client that does not read it must not keep this process.
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
     outcome
+}
+
+/// Connections, of whichever kind.
+type Incoming = Pin<Box<dyn Stream<Item = std::io::Result<Connection>> + Send>>;
+
+/// Binds the socket (removed when the first of the two is dropped) or the port that the placement names.
+async fn listen(placement: &ShardPlacement) -> anyhow::Result<(Option<Socket>, Incoming)> {
+    match (placement.listen, &placement.uds_path) {
+        (Some(address), _) => {
+            let listener = tokio::net::TcpListener::bind(address);
+            let listener = listener.await.with_context(|| format!("listening on {address}"))?;
+            let incoming = TcpListenerStream::new(listener);
+            Ok((None, Box::pin(incoming.map(|stream| stream.and_then(Connection::tcp)))))
+        }
+        (None, Some(path)) => {
+            let (socket, listener) = Socket::bind(path)?;
+            let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+            Ok((Some(socket), Box::pin(incoming.map(|stream| stream.map(Connection::unix)))))
+        }
+        (None, None) => {
+            bail!("there is nothing to listen on: give --uds-path, or --listen for a router on another host")
+        }
+    }
 }
 
 /// What clap cannot check.

@@ -33,7 +33,8 @@ struct Served {
 fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
     ShardPlacement {
         model_dir: llama(),
-        uds_path: dir.join(format!("shard-{rank}")),
+        uds_path: Some(dir.join(format!("shard-{rank}"))),
+        listen: None,
         rank,
         world_size,
         rendezvous: (world_size > 1).then(|| dir.join("ranks")),
