@@ -8,7 +8,7 @@ use integration_tests::{Model, Node, Stack, golden};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-const EXIT_TIMEOUT: Duration = Duration::from_secs(60);
+const EXIT_TIMEOUT: Duration = Duration::from_mins(1);
 
 const MODEL: Model = Model::Golden("llama");
 

@@ -107,10 +107,10 @@ struct Link {
 impl Nodes {
     /// Where all shards are on one host.
     pub(crate) fn none() -> Self {
-        let (_sender, events) = mpsc::channel(1);
+        let (sender, events) = mpsc::channel(1);
         Self {
             events,
-            _sender,
+            _sender: sender,
             links: Vec::new(),
             writers: JoinSet::new(),
             readers: JoinSet::new(),

@@ -15,7 +15,7 @@ use shard::weights::Partition;
 use crate::checkpoints::llama;
 use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, prompt, request, unequal_requests};
 
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 /// The tests of this file share a device, of which each wants all memory.
 static DEVICE: Mutex<()> = Mutex::new(());

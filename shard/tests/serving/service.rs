@@ -57,9 +57,13 @@ fn start(placement: ShardPlacement) -> (oneshot::Sender<()>, JoinHandle<anyhow::
 }
 
 async fn channel(socket: &Path) -> Channel {
+    channel_to(&ShardAddress::Unix(socket.to_owned())).await
+}
+
+async fn channel_to(address: &ShardAddress) -> Channel {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
-        match connect(&ShardAddress::Unix(socket.to_owned()), PATIENCE).await {
+        match connect(address, PATIENCE).await {
             Ok(channel) => return channel,
             Err(error) => assert!(tokio::time::Instant::now() < deadline, "{error}"),
         }
@@ -128,6 +132,30 @@ async fn step_when_free(
             outcome => return outcome.map(tonic::Response::into_inner),
         }
     }
+}
+
+#[tokio::test]
+async fn a_router_on_another_host_reaches_a_shard_at_a_port() {
+    let dir = tempfile::tempdir().unwrap();
+    // Free as far as one can know.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let at_port = ShardPlacement { uds_path: None, listen: Some(free), ..placement(dir.path(), 0, 1) };
+    let (stop, ended) = start(at_port);
+    let channel = channel_to(&format!("http://{free}").parse().unwrap()).await;
+    wait_for(&channel, ServingStatus::Serving).await;
+    let mut client = shard_client(channel);
+    client.warmup(WARMUP).await.unwrap();
+    let (steps, mut answers) = open_run(&mut client).await;
+    steps.send(first_step(1, 1)).await.unwrap();
+    let answer = answers.message().await.unwrap().unwrap();
+    assert_eq!((answer.step_id, answer.outputs.len()), (1, 1));
+
+    let (_stop, second) =
+        start(ShardPlacement { uds_path: None, listen: Some(free), ..placement(dir.path(), 0, 1) });
+    let error = second.await.unwrap().unwrap_err().to_string();
+    assert_eq!(error, format!("listening on {free}"));
+    stop.send(()).unwrap();
+    tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap().unwrap();
 }
 
 #[tokio::test]
