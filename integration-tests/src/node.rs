@@ -17,11 +17,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts `lamplighter` with a model and flags, and waits for nothing.
-    pub fn start(model: Model, flags: &[&str]) -> Self {
+    /// Starts `lamplighter` with a model, flags and environment variables, and waits for nothing.
+    pub fn start(model: Model, flags: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut child = lamplighter()
             .args(model.flags())
             .args(flags)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

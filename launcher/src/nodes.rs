@@ -134,7 +134,7 @@ impl Nodes {
             let (messages, to_send) = mpsc::channel(MESSAGES_MAX);
             this.links.push(messages);
             this.writers.spawn(write_all(writer, to_send));
-            this.readers.spawn(read_all(reader, peer, sender.clone()));
+            this.readers.spawn(read_all(reader, peer, sender.clone(), SILENCE_MAX));
         }
         this
     }
@@ -334,9 +334,14 @@ async fn write_all(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<Mess
 }
 
 /// Until the link ends, which is told.
-async fn read_all(mut reader: BufReader<OwnedReadHalf>, peer: String, events: mpsc::Sender<NodeEvent>) {
+async fn read_all(
+    mut reader: BufReader<OwnedReadHalf>,
+    peer: String,
+    events: mpsc::Sender<NodeEvent>,
+    silence_max: Duration,
+) {
     loop {
-        let event = match timeout(SILENCE_MAX, receive(&mut reader)).await {
+        let event = match timeout(silence_max, receive(&mut reader)).await {
             Ok(Some(Message::Alive)) => continue,
             Ok(Some(Message::Serving)) => NodeEvent::Serving,
             Ok(Some(Message::Leaving)) => NodeEvent::Leaving(peer.clone()),
@@ -345,8 +350,7 @@ async fn read_all(mut reader: BufReader<OwnedReadHalf>, peer: String, events: mp
             Ok(Some(message)) => NodeEvent::Lost(format!("{peer} says {message:?} out of turn")),
             Ok(None) => NodeEvent::Lost(format!("{peer} is gone: see its log")),
             Err(_) => {
-                let seconds = SILENCE_MAX.as_secs();
-                NodeEvent::Lost(format!("{peer} has been silent for {seconds} s: is its host running?"))
+                NodeEvent::Lost(format!("{peer} has been silent for {silence_max:?}: is its host running?"))
             }
         };
         let is_last = matches!(event, NodeEvent::Stop | NodeEvent::Lost(_));
@@ -431,6 +435,22 @@ mod tests {
         first.tell_stop();
         first.part().await;
         assert_eq!(second.next().await, NodeEvent::Stop);
+    }
+
+    #[tokio::test]
+    async fn a_host_that_says_nothing_any_more_is_lost() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (mut silent, accepted) =
+            tokio::try_join!(TcpStream::connect(address), listener.accept()).unwrap();
+        let reader = BufReader::new(accepted.0.into_split().0);
+        let (sender, mut events) = mpsc::channel(2);
+        silent.write_all(b"\"alive\"\n\"serving\"\n").await.unwrap();
+        read_all(reader, "node 0 at host0".to_owned(), sender, Duration::from_millis(40)).await;
+        assert_eq!(events.recv().await, Some(NodeEvent::Serving));
+        let lost = "node 0 at host0 has been silent for 40ms: is its host running?".to_owned();
+        assert_eq!(events.recv().await, Some(NodeEvent::Lost(lost)));
+        drop(silent);
     }
 
     #[tokio::test]
