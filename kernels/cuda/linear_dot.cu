@@ -1,28 +1,12 @@
 // Linear layers of any size, alignment and stride, an output a warp: what the kernels for tensor cores cannot do (f32, rows
 // that do not begin at 16 bytes), and what is done around them.
 
+#include "dot.cuh"
 #include "linear.cuh"
 
 // Rows of x that share a reading of the weights.
 constexpr uint32_t ROWS = 4;
 constexpr uint32_t WARPS = 8;
-
-// The first `count` of `N` elements, in loads of 16 bytes where `packed` and all are there; zeros behind them.
-template <uint32_t N, class E>
-__device__ __forceinline__ void widen(float (&to)[N], const E* from, uint32_t count, bool packed) {
-  if (packed && count >= N) {
-    constexpr uint32_t PACK = 16 / sizeof(E);
-#pragma unroll
-    for (uint32_t first = 0; first < N; first += PACK) {
-      const Pack<E, PACK> pack = load_pack<E, PACK>(from + first);
-#pragma unroll
-      for (uint32_t i = 0; i < PACK; ++i) to[first + i] = to_float(pack.at[i]);
-    }
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < N; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
-  }
-}
 
 // Dot products of one row of weights with rows of x, of which `rows` are there. Lanes take 16 bytes of weights in turn; k
 // need not be their multiple. A sum depends neither on the rows beside it nor on how elements are loaded.
@@ -44,10 +28,6 @@ __device__ __forceinline__ void dot(float (&sums)[ROWS], const W* weight, const 
   }
 #pragma unroll
   for (uint32_t row = 0; row < ROWS; ++row) sums[row] = warp_sum(sums[row]);
-}
-
-template <class E> __device__ __forceinline__ bool is_packed(const E* matrix, uint32_t stride) {
-  return (reinterpret_cast<uintptr_t>(matrix) | (stride * sizeof(E))) % 16 == 0;
 }
 
 // Blocks: outputs by WARPS, rows by ROWS.

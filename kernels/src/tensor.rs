@@ -605,6 +605,13 @@ impl<'a> ViewMut<'a> {
     pub fn reborrow(&mut self) -> ViewMut<'_> {
         ViewMut { lifetime: PhantomData, ..*self }
     }
+    /// Another way to write the matrix, for tasks that share it.
+    ///
+    /// # Safety
+    /// While the one is in use, what is reached through it is not reached through the other.
+    pub(crate) unsafe fn alias(&self) -> ViewMut<'a> {
+        ViewMut { lifetime: PhantomData, ..*self }
+    }
     /// For reading.
     pub fn as_view(&self) -> View<'_> {
         View {

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod embedding;
 pub mod linear;
 pub mod logits;
+pub mod lora;
 pub mod moe;
 pub mod norm;
 pub(crate) mod operands;

@@ -7,6 +7,7 @@ mod context;
 mod embedding;
 mod kv_cache;
 mod linear;
+mod lora;
 mod moe;
 mod norm;
 mod rotary;

@@ -13,6 +13,7 @@ use half::bf16;
 use kernels::ops::activation::{self, Activation};
 use kernels::ops::attention::{paged_attention, write_kv};
 use kernels::ops::linear::{Int8Weight, LinearPart, Weight, linear};
+use kernels::ops::lora::{AdapterRows, Lora, LowRank, NO_ADAPTER, lora_add};
 use kernels::ops::moe::{Routing, TopK};
 use kernels::ops::norm::LayerNormWeights;
 use kernels::ops::rotary::{RotaryPairs, RotaryTables};
@@ -25,7 +26,7 @@ use rand::{Rng, RngExt, TryRng};
 pub(crate) type Case = fn(&Context, &mut Draws);
 
 /// The operations and their names.
-pub(crate) const OPERATIONS: [(&str, Case); 10] = [
+pub(crate) const OPERATIONS: [(&str, Case); 11] = [
     ("norms", norms),
     ("activations", activations),
     ("rotary", turn),
@@ -36,6 +37,7 @@ pub(crate) const OPERATIONS: [(&str, Case); 10] = [
     ("experts", experts),
     ("logits", distribution),
     ("attention", attend),
+    ("lora", low_rank_change),
 ];
 
 const CANARY: f32 = -12345.5;
@@ -127,6 +129,11 @@ impl Framed {
     fn check(&self, want: &[f64], tolerance: f64, what: &str) {
         let scale = want.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
         assert_close(&self.values(), want, tolerance * scale, what);
+        self.check_frame(what);
+    }
+
+    /// The canaries live.
+    fn check_frame(&self, what: &str) {
         let [top, left, rows, cols] = self.place;
         for (i, value) in self.whole.as_slice::<f32>().iter().enumerate() {
             let (row, col) = (i / self.whole.cols(), i % self.whole.cols());
@@ -432,4 +439,52 @@ fn distribution(_: &Context, draws: &mut Draws) {
     assert_close(&weights, &want, 1e-6, "weights");
     let total: f64 = want.iter().sum();
     assert!((logits::sum_of_exp(&row, greatest.logit) - total).abs() <= 1e-6 * total, "sum of exponentials");
+}
+
+/// Rows of some adapters, each of which changes some of the layers.
+fn low_rank_change(context: &Context, draws: &mut Draws) {
+    let (rows, k) = (size(draws, 24), size(draws, 90));
+    let outputs: Vec<usize> = (0..draws.random_range(1..=3)).map(|_| size(draws, 40)).collect();
+    let dtype = FLOATS[draws.random_range(0..3)];
+    let left = draws.random_range(0..=2);
+    let mut adapters = Vec::new();
+    for _ in 0..draws.random_range(1..=3) {
+        let mut part = |n: usize| {
+            let rank = size(draws, 40);
+            let mut factor =
+                |rows, cols| tensor(&mut draws.values, rows, cols + 2, dtype).narrow_cols(left, cols);
+            let (a, b) = (factor(rank, k), factor(n, rank));
+            draws.random_bool(0.8).then_some(LowRank { a, b, scale: 0.5 })
+        };
+        adapters.push(outputs.iter().map(|&n| part(n)).collect::<Vec<_>>());
+    }
+    let lora = Lora::new(context, k, &outputs, adapters.clone()).expect("shapes fit");
+    let slots: Vec<u32> = (0..rows)
+        .map(|_| match draws.random_range(0..=adapters.len()) {
+            0 => NO_ADAPTER,
+            slot => slot as u32 - 1,
+        })
+        .collect();
+    let x = Framed::filled(draws, rows, k);
+    let mut hidden = Framed::new(draws, rows, lora.hidden_cols());
+    let mut out = Framed::filled(draws, rows, outputs.iter().sum());
+    let mut want = out.rows();
+    for (row, &slot) in slots.iter().enumerate() {
+        let Some(adapter) = adapters.get(slot as usize) else { continue };
+        let dot = |w: Vec<f64>, x: &[f64]| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
+        let (x, mut column) = (&x.rows()[row], 0);
+        for (part, &n) in adapter.iter().zip(&outputs) {
+            if let Some(LowRank { a, b, .. }) = part {
+                let between: Vec<f64> = (0..a.rows()).map(|j| dot(f64s(a, j), x)).collect();
+                (0..n).for_each(|i| want[row][column + i] += 0.5 * dot(f64s(b, i), &between));
+            }
+            column += n;
+        }
+    }
+    let known = AdapterRows { slots: View::from_slice(&slots, 1, rows), any: true };
+    lora_add(context, x.view(), &lora, known, hidden.view_mut(), out.view_mut()).expect("shapes fit");
+    // Where the CPU multiplies in bf16, x and what lies between the factors are rounded to it.
+    let rounding = if dtype == DType::BF16 { 2.0_f64.powi(-7) } else { 1e-5 };
+    out.check(&want.concat(), rounding, "lora");
+    hidden.check_frame("lora");
 }
