@@ -19,7 +19,7 @@ pub enum Model {
 
 impl Model {
     /// The flags that choose it.
-    pub(crate) fn flags(self) -> Vec<String> {
+    pub fn flags(self) -> Vec<String> {
         match self {
             Self::Demo => Vec::new(),
             Self::Golden(name) => vec!["--model-id".to_owned(), directory(name).display().to_string()],

@@ -26,6 +26,10 @@ unit!(
     BlockId(u32)
 );
 unit!(
+    /// An adapter that changes the model for some sequences: its place in `InfoResponse.adapter_names`.
+    AdapterIndex(u32)
+);
+unit!(
     /// A sequence as router and shard know it; never used twice while a `Run` stream is open.
     SequenceId(u64)
 );

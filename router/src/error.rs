@@ -47,6 +47,12 @@ pub(crate) enum RequestError {
         /// As asked for.
         path: String,
     },
+    /// No model and no adapter has that name.
+    #[error("{message}")]
+    ModelNotFound {
+        /// The name, and those that there are.
+        message: String,
+    },
     /// The route has other methods.
     #[error("this endpoint does not answer {method}")]
     Method {

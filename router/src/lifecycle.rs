@@ -17,7 +17,7 @@ use crate::scheduler::{self, SchedulerHandle, ServingInfo, StartPhase, Status};
 use crate::text::chat_template::ChatTemplate;
 use crate::text::text_workers::TextWorkers;
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{Limits, Validator};
+use crate::validate::{Limits, ModelNames, Validator};
 use crate::{metrics, telemetry};
 
 /// Threads that serve connections and schedule; tokenizing has its own. Two, because the shards need the cores.
@@ -91,7 +91,9 @@ async fn live(config: RouterConfig, placement: RouterPlacement) -> anyhow::Resul
     };
     let result = match started {
         Some(Ok((handle, info))) => {
-            app.serve(new_serving(&config, info, &tokenizer, chat_template, handle.clone()));
+            let models = ModelNames { base: app.model_name.clone(), adapters: info.adapter_names.clone() };
+            let validator = new_validator(&config, &info, &tokenizer, chat_template, models);
+            app.serve(Serving { info, validator, backend: Box::new(handle.clone()) });
             tracing::info!("ready");
             serve(&config, &app, &handle, &mut signals).await
         }
@@ -127,18 +129,26 @@ async fn start(
         }
     };
     tokio::select! {
-        started = scheduler::start(config, shard_addresses, &phase) => Ok(started?),
+        started = scheduler::start(config, shard_addresses, &phase) => {
+            let (handle, info) = started?;
+            anyhow::ensure!(
+                !info.adapter_names.contains(&app.model_name),
+                "an adapter and the model are both called {:?}: give the adapter another name (--lora-adapters NAME=...)",
+                app.model_name
+            );
+            Ok((handle, info))
+        }
         () = report => unreachable!("the report has no end"),
     }
 }
 
-fn new_serving(
+fn new_validator(
     config: &RouterConfig,
-    info: ServingInfo,
+    info: &ServingInfo,
     tokenizer: &Arc<Tokenizer>,
     chat_template: Option<Arc<ChatTemplate>>,
-    handle: SchedulerHandle,
-) -> Serving {
+    models: ModelNames,
+) -> Validator {
     let limits = Limits {
         max_input_tokens: info.max_input_tokens,
         max_total_tokens: info.max_total_tokens,
@@ -148,8 +158,7 @@ fn new_serving(
         max_best_of: config.max_best_of,
     };
     let workers = TextWorkers::new(config.max_concurrent_requests);
-    let validator = Validator { tokenizer: Arc::clone(tokenizer), chat_template, workers, limits };
-    Serving { info, validator, backend: Box::new(handle) }
+    Validator { tokenizer: Arc::clone(tokenizer), chat_template, workers, limits, models }
 }
 
 /// Serves until a signal comes or the shards fail.

@@ -26,6 +26,12 @@ pub struct ShardConfig {
     #[arg(long, env = "QUANTIZE", value_enum)]
     pub quantize: Option<Quantization>,
 
+    /// LoRA adapters that requests may name, as PEFT writes them: NAME=DIRECTORY, or DIRECTORY, which is the name too,
+    /// separated by commas. Each takes memory for its factors, and is loaded at the start
+    #[arg(long, env = "LORA_ADAPTERS", default_value = "", hide_default_value = true, value_parser = lora_adapters)]
+    #[serde(default)]
+    pub lora_adapters: LoraAdapters,
+
     /// What computes. auto: the GPUs that CUDA shows, where this executable was built for them and there are any, else the
     /// CPU
     #[arg(long, env = "LAMPLIGHTER_DEVICE", value_enum, default_value_t = DeviceChoice::Auto)]
@@ -53,12 +59,47 @@ impl Default for ShardConfig {
             dtype: None,
             kv_cache_dtype: None,
             quantize: None,
+            lora_adapters: LoraAdapters::default(),
             device: DeviceChoice::Auto,
             cuda_graphs: None,
             cuda_memory_fraction: 1.0,
             disable_custom_kernels: false,
         }
     }
+}
+
+/// The adapters of `--lora-adapters`, no two of one name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraAdapters(pub Vec<LoraAdapter>);
+
+/// A LoRA adapter that requests may name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraAdapter {
+    /// What requests call it.
+    pub name: String,
+    /// Its directory: `adapter_config.json` and `adapter_model.safetensors`.
+    pub path: PathBuf,
+}
+
+/// TGI's form, `NAME[=PATH][@REVISION]`, but that nothing is downloaded here, so there are no revisions.
+fn lora_adapters(value: &str) -> Result<LoraAdapters, String> {
+    let mut adapters: Vec<LoraAdapter> = Vec::new();
+    for entry in value.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let (name, path) = entry.split_once('=').unwrap_or((entry, entry));
+        if name.is_empty() || path.is_empty() || path.contains('=') {
+            return Err(format!("{entry:?} is not NAME=DIRECTORY, or DIRECTORY"));
+        }
+        if entry.contains('@') {
+            return Err(format!(
+                "{entry:?} names a revision, but adapters are not downloaded: give a directory"
+            ));
+        }
+        if adapters.iter().any(|adapter| adapter.name == name) {
+            return Err(format!("two adapters are called {name:?}: give each its own name"));
+        }
+        adapters.push(LoraAdapter { name: name.to_owned(), path: path.into() });
+    }
+    Ok(LoraAdapters(adapters))
 }
 
 fn fraction(value: &str) -> Result<f64, String> {
@@ -201,6 +242,20 @@ mod tests {
         let text = serde_json::to_string(&config).unwrap();
         let again: ShardConfig = serde_json::from_str(&text).unwrap();
         assert_eq!((again.kv_cache_dtype, again.device), (config.kv_cache_dtype, DeviceChoice::Auto));
+    }
+
+    #[test]
+    fn adapters_are_listed_with_their_names_or_are_called_by_their_directories() {
+        assert_eq!(parse("").unwrap().lora_adapters, LoraAdapters::default());
+        let given = parse("--lora-adapters tone=/a/tone,/a/form").unwrap().lora_adapters.0;
+        let names: Vec<_> = given.iter().map(|a| (&*a.name, a.path.to_str().unwrap())).collect();
+        assert_eq!(names, [("tone", "/a/tone"), ("/a/form", "/a/form")]);
+        for (value, part) in
+            [("a=b=c", "NAME=DIRECTORY"), ("a=/b@main", "revision"), ("a=/b,a=/c", "two adapters")]
+        {
+            let message = parse(&format!("--lora-adapters {value}")).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]

@@ -19,7 +19,9 @@ pub mod weights;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-pub use config::{DeviceChoice, Dtype, KvCacheDtype, Quantization, ShardConfig, ShardPlacement};
+pub use config::{
+    DeviceChoice, Dtype, KvCacheDtype, LoraAdapter, LoraAdapters, Quantization, ShardConfig, ShardPlacement,
+};
 pub use device::{default_num_shards, resolve_device, visible_gpus};
 pub use error::Error;
 

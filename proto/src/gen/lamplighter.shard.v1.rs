@@ -37,9 +37,12 @@ pub struct InfoResponse {
     /// Bytes of keys and values of one token on this rank, all layers together.
     #[prost(uint64, tag = "12")]
     pub kv_bytes_per_token: u64,
-    /// Bytes of this rank's weights (mapped or copied).
+    /// Bytes of this rank's weights (mapped or copied), adapters included.
     #[prost(uint64, tag = "13")]
     pub weight_bytes: u64,
+    /// Names of the LoRA adapters that sequences may have; the same on all ranks, in the same order.
+    #[prost(string, repeated, tag = "14")]
+    pub adapter_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WarmupRequest {
@@ -117,6 +120,9 @@ pub struct NewSequence {
     /// Whether to report the log-probability of each prompt token. Needs computed_tokens == 0.
     #[prost(bool, tag = "9")]
     pub prompt_logprobs: bool,
+    /// Place in `InfoResponse.adapter_names` of the adapter that changes the model for this sequence; absent: none does.
+    #[prost(uint32, optional, tag = "10")]
+    pub adapter_index: ::core::option::Option<u32>,
 }
 /// How the next token is chosen from the logits, in the order of application: logit bias, penalties, temperature,
 /// top-k, top-p, min-p, typical-p. All values are validated by the router; the shard refuses what is out of range.

@@ -86,6 +86,8 @@ pub(crate) struct Generation {
     pub(crate) choices_per_prompt: usize,
     /// Those of them that are told.
     pub(crate) answers_per_prompt: usize,
+    /// The model's name, or that of its adapter.
+    pub(crate) model_name: String,
     /// When the request arrived.
     pub(crate) arrived: Instant,
     /// Time spent on checking, templating and tokenizing.
@@ -189,6 +191,7 @@ impl App {
             prompt_tokens: valid.prompt_tokens,
             choices_per_prompt: valid.choices_per_prompt,
             answers_per_prompt: valid.answers_per_prompt,
+            model_name: serving.validator.models.name(valid.adapter).to_owned(),
             arrived,
             validation_time,
         })

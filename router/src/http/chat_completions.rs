@@ -67,6 +67,7 @@ impl Endpoint for ChatCompletions {
             "use `n`, and choose one of the answers",
         )?;
         let generation = GenerationRequest {
+            model: openai::take_model(fields)?,
             prompt: Prompt::Chat(Conversation { messages, tools, variables: variables.unwrap_or_default() }),
             dialect: Dialect::OpenAi,
             sampling: openai::take_sampling(fields)?,
@@ -80,8 +81,7 @@ impl Endpoint for ChatCompletions {
             truncate: None,
             standing,
         };
-        // Any name is answered by the model that there is.
-        fields.without_effect(&["model", "reasoning_effort"]);
+        fields.without_effect(&["reasoning_effort"]);
         Ok((generation, Self { logprobs }))
     }
 

@@ -57,6 +57,7 @@ impl Endpoint for Completions {
             return Err(RequestError::invalid("logprobs", message));
         }
         let generation = GenerationRequest {
+            model: openai::take_model(fields)?,
             prompt,
             dialect: Dialect::OpenAi,
             sampling: openai::take_sampling(fields)?,
@@ -70,8 +71,6 @@ impl Endpoint for Completions {
             truncate: None,
             standing,
         };
-        // Any name is answered by the model that there is.
-        fields.without_effect(&["model"]);
         Ok((generation, Self { logprobs: logprobs.is_some() }))
     }
 

@@ -73,6 +73,7 @@ fn row(error: &RequestError) -> Row {
         RequestError::BodyTooLarge { .. } => same(S::PAYLOAD_TOO_LARGE, INVALID, Some("payload_too_large"), "validation", "validation"),
         RequestError::BodyIncomplete(_) => same(S::REQUEST_TIMEOUT, INVALID, Some("incomplete_body"), "validation", "validation"),
         RequestError::NotFound { .. } => same(S::NOT_FOUND, INVALID, Some("not_found"), "not_found", "validation"),
+        RequestError::ModelNotFound { .. } => same(S::NOT_FOUND, INVALID, Some("model_not_found"), "validation", "validation"),
         RequestError::Method { .. } => same(S::METHOD_NOT_ALLOWED, INVALID, Some("method_not_allowed"), "method_not_allowed", "validation"),
         RequestError::Submit(SubmitError::Overloaded { .. }) => same(S::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"), "overloaded", "overloaded"),
         RequestError::Submit(SubmitError::Draining) | RequestError::Failed(Failure::ShuttingDown) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
@@ -103,6 +104,7 @@ pub(super) fn openai_body(error: &RequestError) -> Value {
     let param = match error {
         RequestError::Invalid { param, .. } => *param,
         RequestError::Unsupported { param, .. } => Some(*param),
+        RequestError::ModelNotFound { .. } => Some("model"),
         _ => None,
     };
     json!({"error": {"message": error.to_string(), "type": row.openai_type, "param": param, "code": row.code}})

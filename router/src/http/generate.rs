@@ -23,7 +23,7 @@ use crate::metrics;
 use crate::scheduler::{Failure, Token, TokenRequest};
 use crate::stream::{FinishReason, Generated, GeneratedToken};
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{Dialect, GenerationRequest, Prompt, SamplingParameters};
+use crate::validate::{Dialect, GenerationRequest, ModelChoice, Prompt, SamplingParameters};
 
 /// Continues a prompt and answers when it is done.
 pub(super) async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<Response, TgiError> {
@@ -142,7 +142,6 @@ impl TgiRequest {
             |_| false,
             "leave it out, and describe the form of the answer in `inputs`",
         )?;
-        parameters.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
         let sampling = SamplingParameters {
             do_sample: Some(parameters.take("do_sample")?.unwrap_or(do_sample_default)),
             temperature: parameters.take("temperature")?,
@@ -169,6 +168,7 @@ impl TgiRequest {
             full_text: parameters.take("return_full_text")?.unwrap_or(endpoint == Endpoint::Root),
         };
         let generation = GenerationRequest {
+            model: ModelChoice { model: None, adapter_id: parameters.take("adapter_id")? },
             prompt: Prompt::Texts(vec![inputs.clone()]),
             dialect: Dialect::Tgi,
             sampling,

@@ -8,16 +8,21 @@ use serde_json::{Value, json};
 
 use super::app::App;
 
-/// The one model that is served.
+/// The model that is served, and its adapters.
 pub(super) async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({
-        "object": "list",
-        "data": [{
-            "id": app.model_name,
+    let info = app.serving_info();
+    let model = |name: &str, parent: Option<&str>| {
+        json!({
+            "id": name,
             "object": "model",
             "created": app.started_at,
             "owned_by": "lamplighter",
-            "max_model_len": app.serving_info().map(|info| info.max_total_tokens),
-        }],
-    }))
+            "parent": parent,
+            "max_model_len": info.map(|info| info.max_total_tokens),
+        })
+    };
+    let adapters = info.into_iter().flat_map(|info| &info.adapter_names);
+    let adapters = adapters.map(|name| model(name, Some(&app.model_name)));
+    let models: Vec<_> = std::iter::once(model(&app.model_name, None)).chain(adapters).collect();
+    Json(json!({"object": "list", "data": models}))
 }

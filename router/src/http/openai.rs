@@ -21,7 +21,7 @@ use crate::metrics;
 use crate::scheduler::{Failure, Token};
 use crate::stream::{Ended, FinishReason, Generated, GeneratedToken};
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{GenerationRequest, SamplingParameters, StandingParameters};
+use crate::validate::{GenerationRequest, ModelChoice, SamplingParameters, StandingParameters};
 
 /// Behind the last chunk of a stream.
 const DONE: &[u8] = b"data: [DONE]\n\n";
@@ -126,6 +126,7 @@ async fn whole<E: Endpoint>(
 ) -> Result<Response, RequestError> {
     let mut tally = Tally::new(&generation);
     let (per_prompt, answers) = (generation.choices_per_prompt, generation.answers_per_prompt);
+    let head = Head::new(E::ID_PREFIX, E::WHOLE, &generation.model_name);
     let mut choices = generation.collect().await?;
     for (index, choice) in choices.iter().enumerate() {
         tally.add(index, &choice.end);
@@ -135,7 +136,6 @@ async fn whole<E: Endpoint>(
     }
     let choices = choices.into_iter().enumerate();
     let choices = choices.map(|(index, choice)| endpoint.whole(&app.tokenizer, index, choice)).collect();
-    let head = Head::new(E::ID_PREFIX, E::WHOLE, &app.model_name);
     Ok(Json(Whole { head, choices, usage: tally.usage() }).into_response())
 }
 
@@ -162,7 +162,7 @@ struct ChunkFrames<E: Endpoint> {
 impl<E: Endpoint> ChunkFrames<E> {
     fn new(app: &App, endpoint: E, generation: &Generation, include_usage: bool) -> Self {
         let mut beginning = b"data: ".to_vec();
-        sse::json(&mut beginning, &Head::new(E::ID_PREFIX, E::CHUNK, &app.model_name));
+        sse::json(&mut beginning, &Head::new(E::ID_PREFIX, E::CHUNK, &generation.model_name));
         assert_eq!(beginning.pop(), Some(b'}'), "a head is an object");
         beginning.extend_from_slice(b",\"choices\":[");
         Self {
@@ -332,6 +332,11 @@ pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     }
 }
 
+/// Which model, or which adapter of it.
+pub(super) fn take_model(fields: &mut Fields) -> Result<ModelChoice, RequestError> {
+    Ok(ModelChoice { model: fields.take("model")?, adapter_id: fields.take("adapter_id")? })
+}
+
 /// The sampling fields, OpenAI's and the extensions that other servers have too.
 pub(super) fn take_sampling(fields: &mut Fields) -> Result<SamplingParameters, RequestError> {
     Ok(SamplingParameters {
@@ -392,7 +397,6 @@ fn take_streaming(fields: &mut Fields) -> Result<Streaming, RequestError> {
 /// Fields of both OpenAI endpoints that need what is not there yet.
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), RequestError> {
     fields.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in the prompt")?;
-    fields.refuse("adapter_id", |_| false, "leave it out, and serve the merged model")?;
     fields.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
     fields.refuse("use_beam_search", |value| *value == Value::Bool(false), "leave it out")
 }

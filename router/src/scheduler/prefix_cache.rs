@@ -331,6 +331,8 @@ impl PrefixCache {
 
 #[cfg(test)]
 mod tests {
+    use proto::units::AdapterIndex;
+
     use super::*;
     use crate::scheduler::prefix::BlockHashes;
 
@@ -408,7 +410,7 @@ mod tests {
         assert_eq!(found(&cache, &Text::salted(Some("b"), &[1, 2, 3, 4, 5], &[])), 0);
         assert_eq!(found(&cache, &Text::new(&[1, 2, 3, 4, 5], &[])), 0);
         let adapter = Text {
-            namespace: CacheNamespace { adapter: Some("a".into()), salt: None },
+            namespace: CacheNamespace { adapter: Some(AdapterIndex(0)), salt: None },
             ..Text::new(&[1, 2, 3, 4, 5], &[])
         };
         assert_eq!(found(&cache, &adapter), 0, "whatever its hashes are");

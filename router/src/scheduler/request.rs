@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::units::TokenId;
+use proto::units::{AdapterIndex, TokenId};
 
 /// A request as the scheduler sees it. It exists only if it can be served: prompt and `max_new_tokens` together fit
 /// `max_total_tokens` and an empty KV cache, and every number is in its range.
@@ -51,8 +51,8 @@ impl Standing {
 /// fast a prompt is answered must not learn another tenant's prompts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct CacheNamespace {
-    /// The adapter that changes the model's weights.
-    pub adapter: Option<Arc<str>>,
+    /// The adapter that changes the model's weights for the request.
+    pub adapter: Option<AdapterIndex>,
     /// What keeps tenants apart.
     pub salt: Option<Arc<str>>,
 }

@@ -50,6 +50,8 @@ pub struct ServingInfo {
     pub sliding_window_tokens: Option<usize>,
     /// Ids that end a sequence.
     pub eos_token_ids: Vec<TokenId>,
+    /// Names of the adapters that requests may have, in the order of their indices.
+    pub adapter_names: Vec<String>,
     /// Layers of the model.
     pub num_layers: usize,
     /// Parameters of the model, all ranks together.
@@ -250,6 +252,7 @@ impl Wish {
             max_position_embeddings: info.max_position_embeddings,
             sliding_window_tokens: info.sliding_window_tokens,
             eos_token_ids: info.eos_token_ids.clone(),
+            adapter_names: info.adapter_names.clone(),
             num_layers: info.num_layers,
             num_parameters: info.num_parameters,
             weight_bytes: info.weight_bytes,

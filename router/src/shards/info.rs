@@ -59,6 +59,7 @@ pub(crate) struct GroupInfo {
     pub(crate) eos_token_ids: Vec<TokenId>,
     pub(crate) num_layers: usize,
     pub(crate) num_parameters: u64,
+    pub(crate) adapter_names: Vec<String>,
     /// Of all ranks.
     pub(crate) weight_bytes: u64,
     /// Of all ranks.
@@ -125,6 +126,7 @@ impl GroupInfo {
             eos_token_ids: first.eos_token_ids.iter().copied().map(TokenId).collect(),
             num_layers: at_least_one("num_layers", first.num_layers)?,
             num_parameters: first.num_parameters,
+            adapter_names: first.adapter_names.clone(),
             weight_bytes: ranks.iter().map(|info| info.weight_bytes).sum(),
             kv_bytes_per_token: ranks.iter().map(|info| info.kv_bytes_per_token).sum(),
         })
@@ -154,6 +156,7 @@ fn check_same(info: &v1::InfoResponse, first: &v1::InfoResponse) -> Result<(), I
         ("eos_token_ids", info.eos_token_ids == first.eos_token_ids),
         ("num_layers", info.num_layers == first.num_layers),
         ("num_parameters", info.num_parameters == first.num_parameters),
+        ("adapter_names", info.adapter_names == first.adapter_names),
     ];
     match fields.into_iter().find(|(_, same)| !same) {
         Some((field, _)) => Err(InfoError::Differs { field }),
@@ -205,6 +208,7 @@ mod tests {
             num_parameters: 1000,
             kv_bytes_per_token: 64,
             weight_bytes: 1200,
+            adapter_names: vec!["tone".to_owned()],
         }
     }
 
@@ -225,6 +229,7 @@ mod tests {
         check(&[rank(1, 2), rank(0, 2)], 0, "rank 1 of 2 where rank 0 of 2");
         check(&[rank(0, 2)], 0, "rank 0 of 2 where rank 0 of 1");
         check(&[rank(0, 2), v1::InfoResponse { vocab_size: 99, ..rank(1, 2) }], 1, "vocab_size is not that");
+        check(&[rank(0, 2), v1::InfoResponse { adapter_names: vec![], ..rank(1, 2) }], 1, "adapter_names");
         check(&[rank(0, 2), v1::InfoResponse { block_size_tokens: 8, ..rank(1, 2) }], 1, "block_size_tokens");
         check(&[v1::InfoResponse { block_size_tokens: 0, ..rank(0, 1) }], 0, "block_size_tokens is 0");
         check(&[v1::InfoResponse { device: 9, ..rank(0, 1) }], 0, "device is 9");

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use proto::client::ShardAddress;
-use proto::units::{BlockId, SequenceId, TokenId};
+use proto::units::{AdapterIndex, BlockId, SequenceId, TokenId};
 use proto::v1;
 use proto::v1::shard_server::{Shard, ShardServer};
 use tempfile::TempDir;
@@ -227,7 +227,8 @@ fn request(prompt_tokens: u32, max_new_tokens: u32) -> TokenRequest {
 
 /// A step that admits sequence `id` with a prompt of four tokens and computes it.
 fn first_step(id: u64) -> Step {
-    let request = request(4, 3);
+    let mut request = request(4, 3);
+    request.cache_namespace.adapter = Some(AdapterIndex(2));
     Step {
         id,
         release: Vec::new(),
@@ -279,6 +280,7 @@ fn a_step_says_on_the_wire_what_it_says_here() {
         stopping: Some(v1::StoppingParameters { max_new_tokens: 3, ignore_eos: true }),
         top_n_tokens: 2,
         prompt_logprobs: true,
+        adapter_index: Some(2),
     };
     assert_eq!(message.admit, [expected]);
     let expected = v1::ScheduledSequence { sequence_id: 8, num_tokens: 4, append_block_ids: vec![9] };

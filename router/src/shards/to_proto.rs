@@ -1,6 +1,6 @@
 //! The scheduler's step, as the shards read it.
 
-use proto::units::{BlockId, SequenceId, TokenId};
+use proto::units::{AdapterIndex, BlockId, SequenceId, TokenId};
 use proto::v1;
 
 use crate::scheduler::{NewSequence, Sampling, Scheduled, Step};
@@ -30,6 +30,7 @@ fn new_sequence(new: &NewSequence) -> v1::NewSequence {
         }),
         top_n_tokens: request.top_n_tokens,
         prompt_logprobs: new.prompt_logprobs,
+        adapter_index: request.cache_namespace.adapter.map(|AdapterIndex(index)| index),
     }
 }
 

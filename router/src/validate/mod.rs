@@ -1,19 +1,21 @@
 //! From what a client wrote to what is computed. Nothing behind this module validates user input.
 
+mod adapter;
 mod limits;
 mod sampling;
 mod standing;
 
 use std::sync::Arc;
 
-use proto::units::TokenId;
+use proto::units::{AdapterIndex, TokenId};
 
+pub(crate) use adapter::{ModelChoice, ModelNames};
 pub(crate) use limits::Limits;
 pub(crate) use sampling::{Dialect, SamplingParameters};
 pub(crate) use standing::{PRIORITY_HEADER, PriorityClass, StandingParameters};
 
 use crate::error::RequestError;
-use crate::scheduler::{SubmitError, TokenRequest};
+use crate::scheduler::{CacheNamespace, SubmitError, TokenRequest};
 use crate::text::chat_template::{ChatTemplate, Conversation};
 use crate::text::stop_strings::{StopStrings, StopText};
 use crate::text::text_workers::{QueueFull, TextWorkers};
@@ -22,6 +24,8 @@ use crate::text::tokenizer::Tokenizer;
 /// What a client asked for, whichever endpoint it asked.
 #[derive(Debug)]
 pub(crate) struct GenerationRequest {
+    /// What continues it.
+    pub(crate) model: ModelChoice,
     /// What is continued.
     pub(crate) prompt: Prompt,
     /// Whose ranges apply.
@@ -64,6 +68,8 @@ pub(crate) enum Prompt {
 pub(crate) struct ValidRequest {
     /// Each prompt's choices, one after the other.
     pub(crate) sequences: Vec<TokenRequest>,
+    /// The adapter of all of them.
+    pub(crate) adapter: Option<AdapterIndex>,
     /// To be cloned for each sequence.
     pub(crate) stop: StopStrings,
     /// Tokens of the prompts, each counted once.
@@ -84,6 +90,8 @@ pub(crate) struct Validator {
     pub(crate) workers: TextWorkers,
     /// What can be served.
     pub(crate) limits: Limits,
+    /// By which models.
+    pub(crate) models: ModelNames,
 }
 
 impl Validator {
@@ -95,6 +103,8 @@ impl Validator {
         limits.check_counts(&request)?;
         let choices = request.choices();
         let (standing, cache_namespace) = request.standing.check(limits.request_timeout)?;
+        let adapter = self.models.check(request.model)?;
+        let cache_namespace = CacheNamespace { adapter, ..cache_namespace };
         let stop_text = match request.dialect {
             Dialect::OpenAi => StopText::Cut,
             Dialect::Tgi => StopText::Keep,
@@ -127,6 +137,7 @@ impl Validator {
         }
         Ok(ValidRequest {
             sequences,
+            adapter,
             stop: StopStrings::new(request.stop, stop_text),
             prompt_tokens,
             choices_per_prompt: choices as usize,
@@ -193,11 +204,13 @@ pub(crate) mod tests {
                 request_timeout: None,
                 max_best_of: 3,
             },
+            models: ModelNames { base: "tiny".to_owned(), adapters: Vec::new() },
         }
     }
 
     pub(crate) fn request(prompt: Prompt) -> GenerationRequest {
         GenerationRequest {
+            model: ModelChoice::default(),
             prompt,
             dialect: Dialect::OpenAi,
             sampling: SamplingParameters { seed: Some(7), ..Default::default() },

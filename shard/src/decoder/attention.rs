@@ -4,7 +4,7 @@ use kernels::ops::attention::{self, RotaryAndPages, paged_attention, rotary_writ
 use kernels::{AttentionParams, Communicator, Context, DType, KvLayer, Result, Tensor, View};
 
 use super::StepInput;
-use super::linear::{ColumnParallel, Projection, RowParallel};
+use super::linear::{Adaptation, ColumnParallel, Projection, RowParallel, lora_cols};
 use super::norm::RmsNorm;
 use super::residual::Residual;
 use super::rotary::RotaryTables;
@@ -104,19 +104,24 @@ impl Attention {
         })
     }
 
+    /// Columns that what adapters change needs between its factors.
+    pub(super) fn lora_cols(&self) -> usize {
+        lora_cols([self.qkv.lora(), self.output.lora()])
+    }
+
     /// `x`: `[rows, hidden]`. Writes this step's keys and values to `cache` first, then attends over it and adds what
     /// comes of it to the residual stream.
     pub(super) fn forward(
         &self,
-        step: &mut AttentionStep<'_>,
+        step: &mut AttentionStep<'_, '_>,
         x: View<'_>,
         cache: &mut KvLayer,
         residual: &mut Residual<'_>,
     ) -> Result<()> {
-        let AttentionStep { context, communicator, input, rotary: tables, buffers } = step;
+        let AttentionStep { context, communicator, input, rotary: tables, buffers, adaptation } = step;
         let query = self.widths.query;
         let mut qkv = buffers.qkv.view_mut().narrow_rows(0, x.rows());
-        self.qkv.forward(context, x, qkv.reborrow())?;
+        self.qkv.forward(context, adaptation, x, qkv.reborrow())?;
         let norms = self.head_norms.as_ref().map(|HeadNorms { query, key }| attention::HeadNorms {
             query: query.weight(),
             key: key.weight(),
@@ -128,15 +133,16 @@ impl Attention {
         let mut attended = buffers.attended.view_mut().narrow_rows(0, x.rows());
         let queries = qkv.narrow_cols(0, query);
         paged_attention(context, queries, cache, &input.batch, self.params, attended.reborrow())?;
-        residual.add_projection(context, &mut **communicator, &self.output, attended.as_view())
+        residual.add_projection(context, &mut **communicator, (&self.output, adaptation), attended.as_view())
     }
 }
 
 /// What is the same for all layers of a step.
-pub(super) struct AttentionStep<'a> {
+pub(super) struct AttentionStep<'a, 'b> {
     pub(super) context: &'a Context,
     pub(super) communicator: &'a mut dyn Communicator,
     pub(super) input: &'a StepInput<'a>,
     pub(super) rotary: &'a RotaryTables,
     pub(super) buffers: &'a mut AttentionBuffers,
+    pub(super) adaptation: &'a mut Adaptation<'b>,
 }

@@ -1,5 +1,6 @@
 //! What a step computes: a flat batch of decode rows and prefill chunks.
 
+use kernels::ops::lora::{AdapterRows, NO_ADAPTER};
 use kernels::ops::sampling::{self, SamplingRow};
 use kernels::{AttentionBatch, Context, Place, Result, Staging, View};
 
@@ -24,6 +25,8 @@ pub struct ForwardInput {
     pub max_blocks: usize,
     /// Rows whose logits are wanted.
     pub logit_rows: Vec<u32>,
+    /// `[rows]`, the adapter of each, or [`NO_ADAPTER`]; empty: none has one.
+    pub adapters: Vec<u32>,
     /// Not read by the decoder, but in the same copy: where tokens are chosen on the device, how.
     pub sampling: SamplingInput,
 }
@@ -50,7 +53,7 @@ impl ForwardInput {
             Place::Device => (rows, 2 * sequences * MAX_LOGIT_BIASES),
         };
         let sampling_words = sampling * SamplingRow::WORDS;
-        let index_arrays = [rows, rows, rows, sequences + 1, sequences, tables, rows];
+        let index_arrays = [rows, rows, rows, sequences + 1, sequences, tables, rows, rows];
         Staging::new(context, &[&index_arrays[..], &[sampling_words, sampling, biases]].concat())
     }
 
@@ -64,6 +67,7 @@ impl ForwardInput {
             &self.kv_lens,
             &self.block_tables,
             &self.logit_rows,
+            &self.adapters,
             &self.sampling.rows,
             &self.sampling.slots,
             // The last, so that the addresses of all do not depend on how many there are.
@@ -77,6 +81,7 @@ impl ForwardInput {
             kv_lens,
             block_tables,
             logit_rows,
+            adapters,
             sampling_rows,
             sampling_slots,
             biases,
@@ -91,11 +96,13 @@ impl ForwardInput {
             max_query_len: row_counts().max().unwrap_or(0),
             max_kv_len: self.kv_lens.iter().max().map_or(0, |&len| len as usize),
         };
+        let any = self.adapters.iter().any(|&adapter| adapter != NO_ADAPTER);
         Ok(StepInput {
             token_ids,
             positions,
             slots,
             batch,
+            adapters: AdapterRows { slots: adapters, any },
             logit_rows,
             sampling_rows,
             sampling_slots,
@@ -114,6 +121,7 @@ impl ForwardInput {
         self.positions.resize(num_rows, 0);
         self.slot_mapping.resize(num_rows, u32::MAX);
         self.kv_lens.resize(num_rows, 0);
+        self.adapters.resize(num_rows, NO_ADAPTER);
         self.block_tables.resize(num_rows * self.max_blocks, 0);
         let first = self.query_starts.last().map_or(0, |end| end + 1);
         self.query_starts.extend(first..first + padding as u32);
@@ -137,6 +145,8 @@ pub struct StepInput<'a> {
     pub(super) slots: View<'a>,
     /// Where the sequences lie.
     pub batch: AttentionBatch<'a>,
+    /// Which rows have which adapter.
+    pub adapters: AdapterRows<'a>,
     /// `[1, rows of logits]`.
     pub logit_rows: View<'a>,
     /// As of [`SamplingInput`], each `[1, n]`.

@@ -1,10 +1,10 @@
 //! Gated MLP with SiLU (Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 
-use kernels::ops::activation::Activation;
+use kernels::ops::activation::{Activation, gated};
 use kernels::ops::linear::{GatedLinear, linear_gated};
 use kernels::{Communicator, Context, DType, Result, Tensor, View};
 
-use super::linear::{ColumnParallel, Projection, RowParallel};
+use super::linear::{Adaptation, ColumnParallel, Projection, RowParallel, lora_cols};
 use super::residual::Residual;
 use super::spec::{DecoderSpec, TensorNames};
 use crate::weights::{Error, Weights};
@@ -56,20 +56,31 @@ impl Mlp {
         })
     }
 
+    /// Columns that what adapters change needs between its factors.
+    pub(super) fn lora_cols(&self) -> usize {
+        lora_cols([self.gate_up.lora(), self.down.lora()])
+    }
+
     /// `x`: `[rows, hidden]`. Adds what comes of it to the residual stream.
     pub(super) fn forward(
         &self,
         context: &Context,
         communicator: &mut dyn Communicator,
-        buffers: &mut MlpBuffers,
+        (buffers, adaptation): (&mut MlpBuffers, &mut Adaptation<'_>),
         x: View<'_>,
         residual: &mut Residual<'_>,
     ) -> Result<()> {
-        let gate_up = buffers.gate_up.view_mut().narrow_rows(0, x.rows());
+        let mut gate_up = buffers.gate_up.view_mut().narrow_rows(0, x.rows());
         let mut activated = buffers.activated.view_mut().narrow_rows(0, x.rows());
-        let [gate, up] = self.gate_up.parts();
-        let layer = GatedLinear { gate, up, activation: Activation::Silu };
-        linear_gated(context, x, layer, gate_up, activated.reborrow())?;
-        residual.add_projection(context, communicator, &self.down, activated.as_view())
+        if adaptation.changes(self.gate_up.lora()) {
+            // The change comes between the products and the activation.
+            self.gate_up.forward(context, adaptation, x, gate_up.reborrow())?;
+            gated(context, Activation::Silu, gate_up.as_view(), activated.reborrow())?;
+        } else {
+            let [gate, up] = self.gate_up.parts();
+            let layer = GatedLinear { gate, up, activation: Activation::Silu };
+            linear_gated(context, x, layer, gate_up, activated.reborrow())?;
+        }
+        residual.add_projection(context, communicator, (&self.down, adaptation), activated.as_view())
     }
 }

@@ -21,6 +21,7 @@ use kernels::{Communicator, Context, DType, Result, Tensor, View};
 use attention::{Attention, AttentionBuffers, AttentionStep, HeadWidths};
 use embedding::Embedding;
 use head::{Head, HeadBuffers};
+use linear::Adaptation;
 use mlp::{Mlp, MlpBuffers};
 use norm::RmsNorm;
 use residual::Residual;
@@ -61,6 +62,8 @@ struct Workspace {
     branch: Tensor,
     attention: AttentionBuffers,
     mlp: MlpBuffers,
+    /// f32 `[max_step_tokens, n]`: what is between the two factors of an adapter's change.
+    lora: Tensor,
     head: HeadBuffers,
 }
 
@@ -116,6 +119,8 @@ impl Decoder {
         let dtype = context.activation_dtype(self.dtype());
         let branch_rows = if world_size == 1 { 0 } else { rows };
         let heads = HeadWidths::new(spec, world_size);
+        let lora_cols = |layer: &Layer| layer.attention.lora_cols().max(layer.mlp.lora_cols());
+        let lora_cols = self.layers.iter().map(lora_cols).max().unwrap_or(0);
         self.workspace = Some(Workspace {
             rotary: RotaryTables::new(context, &spec.rotary, limits.max_position)?,
             residual: context.zeros(rows, spec.hidden_size, DType::F32)?,
@@ -123,6 +128,7 @@ impl Decoder {
             branch: context.zeros(branch_rows, spec.hidden_size, dtype)?,
             attention: AttentionBuffers::new(context, heads, rows, dtype)?,
             mlp: MlpBuffers::new(context, spec.intermediate_size / world_size, rows, dtype)?,
+            lora: context.zeros(rows, lora_cols, DType::F32)?,
             head: HeadBuffers::new(context, spec, &self.head, limits.max_logit_rows, dtype)?,
         });
         Ok(())
@@ -154,6 +160,7 @@ impl Decoder {
             branch: workspace.branch.view_mut().narrow_rows(0, branch_rows),
             is_pending: false,
         };
+        let mut adaptation = Adaptation { rows: input.adapters, hidden: workspace.lora.view_mut() };
         self.embedding.forward(context, communicator, input.token_ids, residual.stream.reborrow())?;
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             residual.normalize(context, &layer.attention_norm, normed.reborrow())?;
@@ -163,10 +170,11 @@ impl Decoder {
                 input,
                 rotary: &workspace.rotary,
                 buffers: &mut workspace.attention,
+                adaptation: &mut adaptation,
             };
             layer.attention.forward(&mut step, normed.as_view(), cache, &mut residual)?;
             residual.normalize(context, &layer.mlp_norm, normed.reborrow())?;
-            let mlp = &mut workspace.mlp;
+            let mlp = (&mut workspace.mlp, &mut adaptation);
             layer.mlp.forward(context, communicator, mlp, normed.as_view(), &mut residual)?;
         }
         // The last norm is for the rows that get logits.
@@ -192,7 +200,7 @@ impl Decoder {
 
 impl Workspace {
     fn size_in_bytes(&self) -> usize {
-        let hidden = [&self.residual, &self.normed, &self.branch].map(Tensor::size_in_bytes);
+        let hidden = [&self.residual, &self.normed, &self.branch, &self.lora].map(Tensor::size_in_bytes);
         hidden.iter().sum::<usize>()
             + self.rotary.size_in_bytes()
             + self.attention.size_in_bytes()

@@ -4,7 +4,7 @@ use kernels::ops::activation::add;
 use kernels::ops::linear::{linear, linear_add};
 use kernels::{Communicator, Context, Result, View, ViewMut};
 
-use super::linear::RowParallel;
+use super::linear::{Adaptation, RowParallel};
 use super::norm::RmsNorm;
 
 /// The residual stream of a step. Where nothing stands between a projection and the sum, the projection adds to the
@@ -24,14 +24,16 @@ impl Residual<'_> {
         &mut self,
         context: &Context,
         communicator: &mut dyn Communicator,
-        projection: &RowParallel,
+        (projection, adaptation): (&RowParallel, &mut Adaptation<'_>),
         x: View<'_>,
     ) -> Result<()> {
         let parts = [projection.part()];
         if communicator.world_size() == 1 {
-            return linear_add(context, x, &parts, self.stream.reborrow());
+            linear_add(context, x, &parts, self.stream.reborrow())?;
+            return adaptation.add(context, projection.lora(), x, self.stream.reborrow());
         }
         linear(context, x, &parts, self.branch.reborrow())?;
+        adaptation.add(context, projection.lora(), x, self.branch.reborrow())?;
         self.is_pending = true;
         communicator.all_reduce_sum(self.branch.reborrow())
     }

@@ -63,6 +63,7 @@ impl Batch {
         input.kv_lens.clear();
         input.block_tables.clear();
         input.logit_rows.clear();
+        input.adapters.clear();
         input.sampling.rows.clear();
         input.sampling.slots.clear();
         input.sampling.biases.clear();
@@ -80,6 +81,7 @@ impl Batch {
             let block_id = sequence.block_ids[position / block_size] as usize;
             self.input.token_ids.push(sequence.token_at(position));
             self.input.positions.push(position as u32);
+            self.input.adapters.push(sequence.adapter);
             self.input.slot_mapping.push((block_id * block_size + position % block_size) as u32);
             let next = position + 1;
             if next == sequence.len() {
@@ -138,6 +140,8 @@ impl Batch {
 
 #[cfg(test)]
 mod tests {
+    use kernels::ops::lora::NO_ADAPTER;
+
     use super::super::sequence::tests::new_sequence;
     use super::*;
     use crate::decoder::SamplingInput;
@@ -165,12 +169,13 @@ mod tests {
 
     #[test]
     fn decode_rows_and_prefill_chunks_are_one_flat_batch() {
-        let sequences = Sequences::from([
+        let mut sequences = Sequences::from([
             // Decode: its last known token is the only one not computed.
             (1, sequence(&[10, 11, 12, 13, 14], 4, &[7, 2])),
             // A chunk in the middle of a prompt, over a block's border.
             (2, sequence(&[20, 21, 22, 23, 24, 25, 26], 2, &[5, 0])),
         ]);
+        sequences.get_mut(&2).unwrap().adapter = 1;
         let batch = batch(&[scheduled(1, 1), scheduled(2, 3)], &sequences);
         assert_eq!(
             batch.input,
@@ -183,6 +188,7 @@ mod tests {
                 block_tables: vec![7, 2, 5, 0],
                 max_blocks: 2,
                 logit_rows: vec![0],
+                adapters: vec![NO_ADAPTER, 1, 1, 1],
                 sampling: SamplingInput::default(),
             }
         );
@@ -230,6 +236,7 @@ mod tests {
         let input = &batch.input;
         assert_eq!((&input.token_ids[1..], &input.kv_lens[..]), (&[0, 0][..], &[2, 0, 0][..]));
         assert_eq!(input.slot_mapping[1..], [u32::MAX; 2]);
+        assert_eq!(input.adapters, [NO_ADAPTER; 3]);
         assert_eq!(input.query_starts, [0, 1, 2, 3]);
         assert_eq!((input.block_tables.len(), &input.logit_rows[..]), (6, &[0, 0, 0][..]));
         assert_eq!(input.sampling.slots[1..], [u32::MAX; 2]);

@@ -2,6 +2,7 @@
 //! next step needs stay on the device.
 
 use kernels::ops::embedding::resolve_ids;
+use kernels::ops::lora::NO_ADAPTER;
 use kernels::ops::sampling::{
     MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
     commit_tokens, sample,
@@ -163,6 +164,8 @@ impl DeviceState {
         match form {
             Form::Recorded(shape) => {
                 step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
+                // What is recorded serves batches of any adapters.
+                step.adapters.any = true;
                 self.launch_recorded(parts, &step, shape)?;
             }
             Form::Direct => self.steps.queue(parts, &step)?,
@@ -269,6 +272,7 @@ fn largest(limits: &Limits, num_rows: usize, rows_each: usize) -> ForwardInput {
         input.positions.extend((start..start + rows).map(|position| position as u32));
         input.token_ids.resize(input.positions.len(), 0);
         input.slot_mapping.resize(input.positions.len(), u32::MAX);
+        input.adapters.resize(input.positions.len(), if limits.num_adapters > 0 { 0 } else { NO_ADAPTER });
         input.query_starts.push(input.positions.len() as u32);
         input.kv_lens.push(limits.max_total_tokens as u32);
         input.block_tables.resize(input.kv_lens.len() * max_blocks, 0);

@@ -17,7 +17,8 @@ pub(super) struct RankModel {
 impl RankModel {
     /// What this shard serves.
     pub(super) fn info(&self) -> InfoResponse {
-        let Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype } = &self.model;
+        let Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype, adapter_names } =
+            &self.model;
         let spec = decoder.spec();
         // A window is a property of the model only where all layers have the same.
         let window = spec.layers.first().and_then(|layer| layer.window);
@@ -40,6 +41,7 @@ impl RankModel {
             num_parameters: *num_parameters,
             kv_bytes_per_token: decoder.kv_bytes_per_token(*kv_dtype) as u64,
             weight_bytes: *weight_bytes,
+            adapter_names: adapter_names.clone(),
         }
     }
 

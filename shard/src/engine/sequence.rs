@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use kernels::ops::embedding::LAST_TOKEN_OF;
+use kernels::ops::lora::NO_ADAPTER;
 use proto::v1::{FinishReason, NewSequence, StoppingParameters};
 
 use super::device_sampling::DeviceSampling;
@@ -23,6 +24,8 @@ pub(super) struct Sequence {
     pub(super) computed_len: usize,
     /// In order of position.
     pub(super) block_ids: Vec<u32>,
+    /// What changes the model for it, or [`NO_ADAPTER`].
+    pub(super) adapter: u32,
     pub(super) sampler: Sampler,
     pub(super) top_n_tokens: usize,
     pub(super) prompt_logprobs: bool,
@@ -47,6 +50,7 @@ impl Sequence {
             prompt_len,
             computed_len: new.computed_tokens as usize,
             block_ids: new.block_ids,
+            adapter: new.adapter_index.unwrap_or(NO_ADAPTER),
             top_n_tokens: new.top_n_tokens as usize,
             prompt_logprobs: new.prompt_logprobs,
             finished: false,

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use kernels::ops::lora::NO_ADAPTER;
 use kernels::{Place, Readback, Staging};
 use proto::v1::{FinishReason, NewSequence, SequenceOutput, StepRequest, StepResponse};
 
@@ -144,6 +145,8 @@ impl Serving {
             block_tables: vec![0],
             max_blocks: 1,
             logit_rows: vec![num_tokens - 1],
+            // The first adapter, where there is one.
+            adapters: vec![if self.limits.num_adapters > 0 { 0 } else { NO_ADAPTER }; num_tokens as usize],
             sampling: SamplingInput::default(),
         };
         let input = input.send(&rank.context, &mut self.staging)?;

@@ -147,6 +147,7 @@ impl Engine {
             max_sequences: usize::MAX,
             max_top_n_tokens: vocab_size,
             max_logit_biases: usize::MAX,
+            num_adapters: self.rank.model.adapter_names.len(),
         }
     }
 

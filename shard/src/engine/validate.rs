@@ -27,6 +27,7 @@ pub(super) struct Limits {
     pub(super) max_top_n_tokens: usize,
     /// Entries of one sequence.
     pub(super) max_logit_biases: usize,
+    pub(super) num_adapters: usize,
 }
 
 /// Checks steps. Its buffers are kept, so checking a steady decode step allocates nothing.
@@ -226,11 +227,26 @@ fn check_new_sequence(new: &NewSequence, limits: &Limits) -> Result<(), Error> {
     let stopping = new.stopping.ok_or_else(|| Error::invalid("stopping", "must be set"))?;
     check_stopping(stopping, new, limits).map_err(|error| within("stopping", error))?;
     in_range("top_n_tokens", new.top_n_tokens as usize, 0..=limits.max_top_n_tokens)?;
+    check_adapter(new, limits)?;
     if new.prompt_logprobs && new.computed_tokens > 0 {
         let message = "needs computed_tokens == 0: what is not computed here has no logits";
         return Err(Error::invalid("prompt_logprobs", message));
     }
     Ok(())
+}
+
+fn check_adapter(new: &NewSequence, limits: &Limits) -> Result<(), Error> {
+    match new.adapter_index {
+        Some(index) if index as usize >= limits.num_adapters => {
+            let message = format!(
+                "must be below {}, the number of adapters, but is {index}: see InfoResponse.adapter_names, and \
+                 --lora-adapters",
+                limits.num_adapters
+            );
+            Err(Error::invalid("adapter_index", message))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_stopping(stopping: StoppingParameters, new: &NewSequence, limits: &Limits) -> Result<(), Error> {
@@ -349,6 +365,7 @@ pub(super) mod tests {
         max_sequences: 5,
         max_top_n_tokens: 100,
         max_logit_biases: 4,
+        num_adapters: 2,
     };
 
     fn scheduled(sequence_id: u64, num_tokens: u32, append: &[u32]) -> ScheduledSequence {
@@ -418,6 +435,9 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_wrong_with_a_new_sequence_is_named() {
+        refused("admit[0].adapter_index must be below 2, the number of adapters, but is 2", |request| {
+            request.admit[0].adapter_index = Some(2);
+        });
         let check = |expected: &str, change: fn(&mut NewSequence)| {
             refused(&format!("admit[0].{expected}"), |request| change(&mut request.admit[0]));
         };

@@ -17,9 +17,9 @@ use std::time::Instant;
 
 use kernels::{Context, DType, Place};
 
-use crate::config::{Dtype, KvCacheDtype, Quantization};
+use crate::config::{Dtype, KvCacheDtype, LoraAdapter, Quantization};
 use crate::decoder::{Decoder, DecoderSpec, TensorNames};
-use crate::weights::{self, Partition, WeightTypes, Weights};
+use crate::weights::{self, Adapter, Partition, WeightTypes, Weights};
 
 use config::ModelConfig;
 
@@ -74,6 +74,8 @@ pub struct Model {
     pub dtype: DType,
     /// Element type of keys and values.
     pub kv_dtype: DType,
+    /// Names of the adapters, in the order in which sequences number them.
+    pub adapter_names: Vec<String>,
 }
 
 /// How a checkpoint is loaded.
@@ -92,6 +94,16 @@ pub struct LoadOptions {
 /// Maps the checkpoint in `model_dir` (config.json, safetensors files, maybe generation_config.json), and quantizes its
 /// weights on `context` if that is asked for. All that config.json can rule out is refused before a weight file is opened.
 pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
+    load_with_adapters(context, model_dir, options, &[])
+}
+
+/// As [`load`], with LoRA adapters of which each sequence may have one.
+pub fn load_with_adapters(
+    context: &Context,
+    model_dir: &Path,
+    options: LoadOptions,
+    adapters: &[LoraAdapter],
+) -> Result<Model, LoadError> {
     let LoadOptions { dtype, kv_cache_dtype, quantize: quantization, partition } = options;
     let config = ModelConfig::read(model_dir)?;
     let invalid = |source| LoadError::Config { path: model_dir.join("config.json"), source };
@@ -105,7 +117,10 @@ pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result
     let names = &architecture.tensor_names;
     let types = WeightTypes { dtype, quantization };
     let started = Instant::now();
-    let mut weights = Weights::open(context, model_dir, types, partition)?;
+    let adapter_names = adapters.iter().map(|adapter| adapter.name.clone()).collect();
+    let adapters: Vec<_> =
+        adapters.iter().map(|adapter| Adapter::open(&adapter.path)).collect::<Result<_, _>>()?;
+    let mut weights = Weights::open(context, model_dir, types, partition)?.with_adapters(adapters);
     if context.place() == Place::Device {
         // A GPU multiplies only what has one type.
         weights.settle_dtype(&format!("{}.weight", names.embedding));
@@ -129,7 +144,7 @@ pub fn load(context: &Context, model_dir: &Path, options: LoadOptions) -> Result
         let gb = weight_bytes as f64 / 1e9;
         tracing::info!(gb, seconds, gb_per_s = gb / seconds, "weights copied to the GPU");
     }
-    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype })
+    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype, adapter_names })
 }
 
 /// 16 bits, of which bfloat16 has the range of f32: keys and values are computed in f32 and may be beyond f16. Whoever

@@ -110,7 +110,7 @@ fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engi
         quantize: config.quantize,
         partition: Partition { rank: *rank, world_size: *world_size },
     };
-    let model = models::load(&context, model_dir, options)?;
+    let model = models::load_with_adapters(&context, model_dir, options, &config.lora_adapters.0)?;
     let communicator = join(&context, placement)?;
     tracing::info!(
         rank,

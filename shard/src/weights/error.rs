@@ -97,7 +97,57 @@ pub enum Error {
         /// The first of them by name.
         example: String,
     },
+    /// An adapter cannot be used.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// Mapping or converting.
     #[error(transparent)]
     Kernels(#[from] kernels::Error),
+}
+
+/// Why an adapter cannot be used: which file, which field or tensor, and what works.
+#[derive(Debug, thiserror::Error)]
+pub enum AdapterError {
+    /// The configuration is not there or not readable.
+    #[error("{}: {source}; an adapter is a directory as PEFT's save_pretrained writes it", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The configuration is not the JSON that it should be.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// The configuration asks for what cannot be served.
+    #[error("{}: {field} {message}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Its value, and what works.
+        message: String,
+    },
+    /// There are no tensors, or in another format.
+    #[error("{} is not there; convert other formats first (PEFT: save_pretrained)", path.display())]
+    NoTensors {
+        /// The file that was looked for.
+        path: PathBuf,
+    },
+    /// A tensor does not fit the base model, or is missing, or is not used.
+    #[error("{}: {name} {message}", dir.display())]
+    Tensor {
+        /// The adapter's directory.
+        dir: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// What is wrong with it, and what to do.
+        message: String,
+    },
 }

@@ -80,7 +80,8 @@ fn read_sharded(dir: &Path, index_path: &Path) -> Result<BTreeMap<String, Stored
     Ok(tensors)
 }
 
-fn read_file(path: PathBuf) -> Result<impl Iterator<Item = (String, StoredTensor)>, Error> {
+/// All tensors of one file, by name.
+pub(super) fn read_file(path: PathBuf) -> Result<impl Iterator<Item = (String, StoredTensor)>, Error> {
     let file = Arc::new(MappedFile::open(&path)?);
     let corrupt = |message: String| Error::Corrupt { path: path.clone(), message };
     let (header_len, metadata) =

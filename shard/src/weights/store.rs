@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use kernels::mmap::MappedFile;
+use kernels::ops::lora::{Lora, LowRank};
 use kernels::{Context, DType, Place, Tensor};
 
+use super::adapter::{Adapter, StoredLowRank};
 use super::safetensors::{self, StoredTensor};
 use super::{Error, Partition, Slice};
 use crate::config::Quantization;
@@ -27,6 +29,8 @@ pub struct Weights<'a> {
     partition: Partition,
     types: WeightTypes,
     tensors: BTreeMap<String, StoredTensor>,
+    /// Each with whether a layer has taken a part of it.
+    adapters: Vec<(Adapter, bool)>,
     num_parameters: u64,
     size_in_bytes: u64,
 }
@@ -49,9 +53,16 @@ impl<'a> Weights<'a> {
             partition,
             types,
             tensors,
+            adapters: Vec::new(),
             num_parameters: 0,
             size_in_bytes: 0,
         })
+    }
+
+    /// With adapters, which change the linear layers that are taken from here.
+    #[must_use]
+    pub fn with_adapters(self, adapters: Vec<Adapter>) -> Self {
+        Self { adapters: adapters.into_iter().map(|adapter| (adapter, false)).collect(), ..self }
     }
 
     /// What they were opened with.
@@ -129,23 +140,32 @@ impl<'a> Weights<'a> {
     ) -> Result<(Tensor, StoredTensor), Error> {
         let stored = self.take(name, &[rows, cols])?;
         let whole = stored.matrix(name, rows, cols)?;
-        let tensor = match slice {
+        let tensor = self.in_its_type(name, self.sliced(whole, slice))?;
+        self.size_in_bytes += tensor.size_in_bytes() as u64;
+        Ok((tensor, stored))
+    }
+
+    /// This rank's part of a matrix.
+    fn sliced(&self, whole: Tensor, slice: Slice) -> Tensor {
+        match slice {
             Slice::Whole => whole,
             Slice::Rows => {
-                let part = self.partition.range(rows);
+                let part = self.partition.range(whole.rows());
                 whole.narrow_rows(part.start, part.len())
             }
             Slice::Cols => {
-                let part = self.partition.range(cols);
+                let part = self.partition.range(whole.cols());
                 whole.narrow_cols(part.start, part.len())
             }
-        };
-        let tensor = match self.types.dtype {
-            Some(dtype) if !represents(dtype, tensor.dtype(), self.context) => convert(name, &tensor, dtype)?,
-            _ => tensor,
-        };
-        self.size_in_bytes += tensor.size_in_bytes() as u64;
-        Ok((tensor, stored))
+        }
+    }
+
+    /// The matrix in the element type that is wanted.
+    fn in_its_type(&self, name: &str, tensor: Tensor) -> Result<Tensor, Error> {
+        match self.types.dtype {
+            Some(dtype) if !represents(dtype, tensor.dtype(), self.context) => convert(name, &tensor, dtype),
+            _ => Ok(tensor),
+        }
     }
 
     /// The whole matrix `name`, `[rows, cols]`, as it is stored, for a format to make its weight of. The format adds the
@@ -177,9 +197,60 @@ impl<'a> Weights<'a> {
         self.place(&tensor, &stored)
     }
 
+    /// What adapters do to linear layers with one input, `[outputs, inputs]` each, of which this rank has a part of the
+    /// outputs ([`Slice::Rows`]) or of the inputs ([`Slice::Cols`]); `None`: nothing.
+    ///
+    /// A share of the inputs is one of the sum that the factor `a` makes: all ranks together change the layer as one does.
+    pub(crate) fn take_lora(
+        &mut self,
+        layers: &[(&str, [usize; 2])],
+        slice: Slice,
+    ) -> Result<Option<Lora>, Error> {
+        let mut changes = Vec::with_capacity(self.adapters.len());
+        let mut adapters = std::mem::take(&mut self.adapters);
+        for (adapter, took_any) in &mut adapters {
+            let mut parts = Vec::with_capacity(layers.len());
+            for (layer, shape) in layers {
+                let stored = adapter.take(layer, *shape)?;
+                *took_any |= stored.is_some();
+                parts.push(stored.map(|stored| self.low_rank(stored, *shape, slice)).transpose()?);
+            }
+            changes.push(parts);
+        }
+        self.adapters = adapters;
+        if changes.iter().flatten().all(Option::is_none) {
+            return Ok(None);
+        }
+        let share =
+            |size: usize, of: Slice| if slice == of { self.partition.range(size).len() } else { size };
+        let inputs = share(layers[0].1[1], Slice::Cols);
+        let outputs: Vec<_> = layers.iter().map(|(_, [outputs, _])| share(*outputs, Slice::Rows)).collect();
+        Ok(Some(Lora::new(self.context, inputs, &outputs, changes)?))
+    }
+
+    /// This rank's share of what an adapter does to a layer `[outputs, inputs]`.
+    fn low_rank(
+        &mut self,
+        stored: StoredLowRank,
+        [outputs, inputs]: [usize; 2],
+        slice: Slice,
+    ) -> Result<LowRank, Error> {
+        let StoredLowRank { a: (name_a, a), b: (name_b, b), rank, scale } = stored;
+        let slice_of = |factor: Slice| if slice == factor { slice } else { Slice::Whole };
+        let host_a =
+            self.in_its_type(&name_a, self.sliced(a.matrix(&name_a, rank, inputs)?, slice_of(Slice::Cols)))?;
+        let host_b =
+            self.in_its_type(&name_b, self.sliced(b.matrix(&name_b, outputs, rank)?, slice_of(Slice::Rows)))?;
+        self.size_in_bytes += (host_a.size_in_bytes() + host_b.size_in_bytes()) as u64;
+        Ok(LowRank { a: self.place(&host_a, &a)?, b: self.place(&host_b, &b)?, scale })
+    }
+
     /// Refuses tensors that were not taken, except those for which `is_redundant` holds: a model that ignores a bias
     /// answers, but wrongly.
     pub fn finish(self, is_redundant: impl Fn(&str) -> bool) -> Result<(), Error> {
+        for (adapter, took_any) in &self.adapters {
+            adapter.finish(*took_any)?;
+        }
         let unused: Vec<_> = self.tensors.into_keys().filter(|name| !is_redundant(name)).collect();
         match unused.first() {
             None => Ok(()),

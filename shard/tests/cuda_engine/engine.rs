@@ -8,7 +8,7 @@ use proto::v1::{
 };
 use shard::engine::{Engine, EngineOptions, Origin};
 use shard::models::{self, LoadOptions};
-use shard::{Error, KvCacheDtype};
+use shard::{Error, KvCacheDtype, LoraAdapter};
 
 use crate::checkpoints::{llama, llama_with_broken_token};
 use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, prompt, request, unequal_requests};
@@ -191,4 +191,40 @@ fn a_gpu_says_what_it_is_and_what_it_cannot_do() {
     assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
     assert!(!error.is_fatal());
     engine.warmup(&WARMUP).unwrap();
+}
+
+#[test]
+fn recorded_steps_serve_sequences_of_any_adapters_with_the_tokens_of_the_cpu() {
+    let adapters = ["tone", "form"].map(|name| LoraAdapter {
+        name: name.to_owned(),
+        path: llama().with_file_name("llama_lora").join(name),
+    });
+    let engine = |context: Context, graph_sizes: &[usize]| {
+        let model =
+            models::load_with_adapters(&context, &llama(), LoadOptions::default(), &adapters).unwrap();
+        let options = EngineOptions { graph_sizes: graph_sizes.to_vec(), ..EngineOptions::default() };
+        let mut engine = Engine::new(model, context, Box::new(Local)).with_options(options);
+        engine.warmup(&WARMUP).unwrap();
+        engine
+    };
+    let mut requests = unequal_requests();
+    let without = token_ids(&run(&mut engine(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
+    for (request, adapter_index) in requests.iter_mut().zip([Some(0), None, Some(1)].into_iter().cycle()) {
+        request.adapter_index = adapter_index;
+    }
+    let expected = token_ids(&run(&mut engine(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
+    assert_ne!(expected, without, "adapters change something");
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let mut gpu = engine(Context::cuda(0, 1).unwrap(), graph_sizes);
+        assert_eq!(token_ids(&run(&mut gpu, &requests, WHOLE_PROMPTS)), expected);
+        // The same graphs without any adapter.
+        for request in &mut requests {
+            std::mem::take(&mut request.adapter_index);
+        }
+        assert_eq!(token_ids(&run(&mut gpu, &requests, WHOLE_PROMPTS)), without);
+        for (request, adapter_index) in requests.iter_mut().zip([Some(0), None, Some(1)].into_iter().cycle())
+        {
+            request.adapter_index = adapter_index;
+        }
+    }
 }

@@ -5,7 +5,7 @@ use kernels::collective::Local;
 use shard::models::{self, LoadOptions};
 use shard::{Dtype, Quantization};
 
-use crate::rank::{Chunk, GOLDENS, Rank, assert_close, golden, golden_dir};
+use crate::rank::{Chunk, GOLDENS, Rank, assert_close, golden, golden_dir, lora_adapters};
 
 /// Of logits: f32 against f32 in another order of summation, on both sides.
 const TOLERANCE: f32 = 5e-4;
@@ -93,4 +93,26 @@ fn greedy_continuations_are_those_of_transformers() {
             assert_eq!(rank.greedy(&prompt.token_ids, prompt.greedy.len()), prompt.greedy, "{name}");
         }
     }
+}
+
+#[test]
+fn logits_with_adapters_are_those_of_peft_and_sequences_with_others_do_not_change_them() {
+    let names = ["llama_lora/tone", "llama_lora/form"];
+    let context = Context::cuda(0, 1).unwrap();
+    let adapters = lora_adapters(&names.map(golden_dir));
+    let model = models::load_with_adapters(&context, &golden_dir("llama"), FLOAT32, &adapters).unwrap();
+    let mut rank = Rank::on(context, model, Box::new(Local));
+    for (index, name) in names.into_iter().enumerate() {
+        rank.adapters = [Some(index as u32), None];
+        for (prompt, expected) in golden(name) {
+            let logits = rank.prompt(&prompt.token_ids);
+            assert_close(name, &logits[logits.len() - expected.len()..], &expected, TOLERANCE);
+            assert_eq!(rank.greedy(&prompt.token_ids, 8), prompt.greedy[..8], "{name}");
+        }
+    }
+    let prompts: Vec<_> = golden(names[0]).into_iter().map(|(prompt, _)| prompt.token_ids).collect();
+    let whole = |sequence: usize| Chunk { sequence, start: 0, token_ids: &prompts[sequence] };
+    rank.adapters = [Some(1), Some(0)];
+    let alone: Vec<_> = (0..2).map(|sequence| rank.step(&[whole(sequence)])).collect();
+    assert_close("together", &rank.step(&[whole(0), whole(1)]), &alone.concat(), TOLERANCE);
 }

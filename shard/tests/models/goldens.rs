@@ -8,13 +8,13 @@ use std::time::Duration;
 use kernels::collective::SharedMemory;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use shard::models::LoadOptions;
+use shard::models::{LoadOptions, Model};
 
 use crate::checkpoints::{change_config, copy_of};
 use crate::rank::{Chunk, GOLDENS, Rank, assert_close, golden, golden_dir, load, of_rank};
 
 /// Of logits and log-probabilities; f32 against f32 in another order of summation.
-const TOLERANCE: f32 = 2e-4;
+pub(crate) const TOLERANCE: f32 = 2e-4;
 
 #[test]
 fn every_golden_is_tested() {
@@ -185,11 +185,19 @@ pub(crate) fn on_two_ranks<T: Send>(
     options: impl Fn(usize) -> LoadOptions + Sync,
     run: impl Fn(&mut Rank) -> T + Sync,
 ) -> [T; 2] {
+    on_two_ranks_with(|rank| load(dir, options(rank)).unwrap(), run)
+}
+
+/// The same with the model that `load` gives a rank.
+pub(crate) fn on_two_ranks_with<T: Send>(
+    load: impl Fn(usize) -> Model + Sync,
+    run: impl Fn(&mut Rank) -> T + Sync,
+) -> [T; 2] {
     let meeting_place = tempfile::tempdir().unwrap();
     let path = meeting_place.path().join("ranks");
     let run = |rank: usize| {
         let group = SharedMemory::join(&path, rank, 2, Duration::from_mins(1)).unwrap();
-        run(&mut Rank::new(load(dir, options(rank)).unwrap(), Box::new(group)))
+        run(&mut Rank::new(load(rank), Box::new(group)))
     };
     std::thread::scope(|scope| {
         let second = scope.spawn(|| run(1));

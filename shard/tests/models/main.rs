@@ -5,6 +5,8 @@ mod checkpoints;
 #[cfg(test)]
 mod goldens;
 #[cfg(test)]
+mod lora;
+#[cfg(test)]
 mod quantization;
 #[cfg(test)]
 mod rank;

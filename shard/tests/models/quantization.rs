@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kernels::collective::Local;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as StoredType, TensorView};
 use shard::Quantization;
@@ -9,7 +10,8 @@ use shard::models::LoadOptions;
 
 use crate::checkpoints::copy_of;
 use crate::goldens::on_two_ranks;
-use crate::rank::{Rank, assert_close, golden, golden_dir, load, of_rank};
+use crate::lora::ADAPTERS;
+use crate::rank::{Rank, assert_close, golden, golden_dir, load, load_with_adapters, of_rank};
 
 /// Of logits: the same numbers in another order of summation, as for the goldens.
 const TOLERANCE: f32 = 2e-4;
@@ -37,6 +39,24 @@ fn eetq_computes_what_the_dense_model_with_the_rounded_weights_does() {
                 differs.into_iter().any(|(a, b)| (a - b).abs() > 10.0 * TOLERANCE),
                 "{name} is not quantized"
             );
+        }
+    }
+}
+
+#[test]
+fn an_adapter_changes_eetq_weights_as_it_changes_dense_ones() {
+    let rounded = copy_of("llama");
+    round_linear_weights(&rounded.path().join("model.safetensors"));
+    let adapters = ADAPTERS.map(golden_dir);
+    let model = load_with_adapters(&golden_dir("llama"), EETQ, &adapters).unwrap();
+    let mut quantized = Rank::new(model, Box::new(Local));
+    let mut dense = Rank::adapted(rounded.path(), &adapters);
+    for (index, name) in ADAPTERS.into_iter().enumerate() {
+        quantized.adapters = [Some(index as u32); 2];
+        dense.adapters = quantized.adapters;
+        for (prompt, _) in golden(name) {
+            let (found, expected) = (quantized.prompt(&prompt.token_ids), dense.prompt(&prompt.token_ids));
+            assert_close(name, &found, &expected, TOLERANCE);
         }
     }
 }

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use kernels::collective::Local;
+use kernels::ops::lora::NO_ADAPTER;
 use kernels::{Communicator, Context, KvLayer, Place, Staging};
+use shard::LoraAdapter;
 use shard::decoder::{ForwardInput, KvCache, StepLimits};
 use shard::models::{self, LoadError, LoadOptions, Model};
 use shard::weights::Partition;
@@ -40,6 +42,20 @@ pub(crate) fn golden_dir(name: &str) -> PathBuf {
 /// Loads on two threads.
 pub(crate) fn load(dir: &Path, options: LoadOptions) -> Result<Model, LoadError> {
     models::load(&context(), dir, options)
+}
+
+/// As [`load`], with the adapters in these directories.
+pub(crate) fn load_with_adapters(
+    dir: &Path,
+    options: LoadOptions,
+    adapters: &[PathBuf],
+) -> Result<Model, LoadError> {
+    models::load_with_adapters(&context(), dir, options, &lora_adapters(adapters))
+}
+
+/// Called by their directories.
+pub(crate) fn lora_adapters(dirs: &[PathBuf]) -> Vec<LoraAdapter> {
+    dirs.iter().map(|path| LoraAdapter { name: path.display().to_string(), path: path.clone() }).collect()
 }
 
 /// The goldens were computed in f32, activations too.
@@ -96,6 +112,8 @@ pub(crate) struct Rank {
     communicator: Box<dyn Communicator>,
     cache: KvCache,
     staging: Staging,
+    /// Of each sequence.
+    pub(crate) adapters: [Option<u32>; MAX_SEQUENCES],
 }
 
 impl Rank {
@@ -106,6 +124,11 @@ impl Rank {
     /// A group of its own.
     pub(crate) fn loaded(dir: &Path, options: LoadOptions) -> Self {
         Self::new(load(dir, options).unwrap(), Box::new(Local))
+    }
+
+    /// A group of its own, with adapters.
+    pub(crate) fn adapted(dir: &Path, adapters: &[PathBuf]) -> Self {
+        Self::new(load_with_adapters(dir, LoadOptions::default(), adapters).unwrap(), Box::new(Local))
     }
 
     pub(crate) fn new(model: Model, communicator: Box<dyn Communicator>) -> Self {
@@ -127,7 +150,7 @@ impl Rank {
         let cache =
             KvCache::new(&context, &model.decoder, num_blocks, block_size, kernels::DType::F32).unwrap();
         let staging = ForwardInput::staging(&context, &limits).unwrap();
-        Self { model, context, communicator, cache, staging }
+        Self { model, context, communicator, cache, staging, adapters: [None; MAX_SEQUENCES] }
     }
 
     /// Computes as a server does that was not told a type: with products of bf16 where the CPU has them.
@@ -138,7 +161,11 @@ impl Rank {
 
     /// Computes one step; the logits of all its rows.
     pub(crate) fn step(&mut self, chunks: &[Chunk<'_>]) -> Vec<Vec<f32>> {
-        let input = flat_batch(chunks, self.cache.block_size());
+        let mut input = flat_batch(chunks, self.cache.block_size());
+        for &Chunk { sequence, token_ids, .. } in chunks {
+            let adapter = self.adapters[sequence].unwrap_or(NO_ADAPTER);
+            input.adapters.extend(token_ids.iter().map(|_| adapter));
+        }
         let decoder = &mut self.model.decoder;
         let step = input.send(&self.context, &mut self.staging).unwrap();
         decoder.forward(&self.context, &mut *self.communicator, &step, &mut self.cache).unwrap();

@@ -1,5 +1,6 @@
 //! The endpoints as clients see them: requests through all layers, answered by a scripted backend.
 
+mod adapters;
 mod errors;
 mod openai;
 mod serving;
@@ -96,6 +97,13 @@ fn starting() -> Fixture {
 }
 
 fn with_script(script: Script) -> Fixture {
+    with_adapters(script, &[])
+}
+
+fn with_adapters(script: Script, names: &[&str]) -> Fixture {
+    let adapter_names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+    let mut validator = validator();
+    validator.models.adapters.clone_from(&adapter_names);
     let mut fixture = starting();
     fixture.script = Arc::new(script);
     fixture.app.serve(Serving {
@@ -107,6 +115,7 @@ fn with_script(script: Script) -> Fixture {
             max_position_embeddings: 128,
             sliding_window_tokens: None,
             eos_token_ids: vec![TokenId(EOS)],
+            adapter_names,
             num_layers: 1,
             num_parameters: 10,
             weight_bytes: 20,
@@ -119,7 +128,7 @@ fn with_script(script: Script) -> Fixture {
             max_batch_size: 8,
             max_concurrent_requests: 8,
         },
-        validator: validator(),
+        validator,
         backend: Box::new(Scripted(Arc::clone(&fixture.script))),
     });
     fixture
