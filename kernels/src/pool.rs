@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
-/// Threads that take the tasks of a region as they become free.
+/// Threads that share the tasks of a region: each has the same consecutive ones whenever the region is run again, so that it
+/// reads the same memory, from its first byte to its last; who is done helps those that are held up.
 ///
 /// Regions do not overlap: one that begins while another runs, or inside one, runs on its caller's thread alone.
 pub(crate) struct Pool {
@@ -23,7 +24,7 @@ impl Pool {
     /// # Panics
     /// Where the system refuses another thread.
     pub(crate) fn new(num_threads: usize) -> Self {
-        let shared = Arc::new(Shared::new(spin_rounds(num_threads)));
+        let shared = Arc::new(Shared::new(num_threads.max(1), spin_rounds(num_threads)));
         let workers = (1..num_threads).map(|i| Worker::spawn(i, &shared)).collect();
         Self { workers, shared, region: Mutex::new(()) }
     }
@@ -33,8 +34,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `task(0) .. task(num_tasks - 1)`, spread over the threads as they become free, and returns when all are
-    /// done. Allocates nothing.
+    /// Runs `task(0) .. task(num_tasks - 1)`, spread evenly over the threads, and returns when all are done. Tasks should cost
+    /// the same. Allocates nothing.
     ///
     /// # Panics
     /// Where a task panics, with its payload, after the other threads have stopped.
@@ -50,7 +51,7 @@ impl Pool {
         }
         self.shared.publish(&task, num_tasks, helpers);
         self.workers[..helpers].iter().for_each(Worker::wake);
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.shared.work(&task, num_tasks)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.shared.work(0, &task)));
         self.shared.wait_for_helpers();
         let helper_panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = outcome.err().or(helper_panic) {
@@ -97,7 +98,7 @@ impl Worker {
         let (worker_shared, worker_epoch) = (Arc::clone(shared), Arc::clone(&epoch));
         let thread = std::thread::Builder::new()
             .name(format!("kernels-{index}"))
-            .spawn(move || worker_shared.serve(&worker_epoch))
+            .spawn(move || worker_shared.serve(index, &worker_epoch))
             .expect("the system gives a thread");
         Self { epoch, thread: Some(thread) }
     }
@@ -114,13 +115,20 @@ impl Worker {
 /// The region being run; the lifetime of the closure is erased, `publish` and `wait_for_helpers` stand for it.
 struct Region {
     task: *const (dyn Fn(usize) + Sync + 'static),
-    num_tasks: usize,
     caller: Thread,
+}
+
+/// The tasks of one thread that nobody has begun; on a cache line of its own, since its thread alone uses it, as a rule.
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+    end: AtomicUsize,
 }
 
 struct Shared {
     region: UnsafeCell<Option<Region>>,
-    next_task: AtomicUsize,
+    /// Of each thread, the caller's first.
+    shares: Box<[Share]>,
     /// Helpers that have not finished with the region.
     helpers: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -135,10 +143,11 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    fn new(spin_rounds: u32) -> Self {
+    fn new(num_threads: usize, spin_rounds: u32) -> Self {
+        let empty = |_| Share { next: AtomicUsize::new(0), end: AtomicUsize::new(0) };
         Self {
             region: UnsafeCell::new(None),
-            next_task: AtomicUsize::new(0),
+            shares: (0..num_threads).map(empty).collect(),
             helpers: AtomicUsize::new(0),
             panic: Mutex::new(None),
             shutdown: AtomicBool::new(false),
@@ -153,19 +162,28 @@ impl Shared {
         // returns, which the caller of `publish` awaits while it borrows the task.
         let task: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(task) };
         // SAFETY: no helper is in a region now (see `Sync` above).
-        unsafe { *self.region.get() = Some(Region { task, num_tasks, caller: std::thread::current() }) }
-        self.next_task.store(0, Ordering::Relaxed);
+        unsafe { *self.region.get() = Some(Region { task, caller: std::thread::current() }) }
+        let threads = helpers + 1;
+        for (i, share) in self.shares.iter().enumerate() {
+            let (first, end) = if i < threads { (i, i + 1) } else { (0, 0) };
+            share.next.store(first * num_tasks / threads, Ordering::Relaxed);
+            share.end.store(end * num_tasks / threads, Ordering::Relaxed);
+        }
         self.helpers.store(helpers, Ordering::Relaxed);
     }
 
-    /// Takes tasks until none is left.
-    fn work(&self, task: &(dyn Fn(usize) + Sync), num_tasks: usize) {
-        loop {
-            let index = self.next_task.fetch_add(1, Ordering::Relaxed);
-            if index >= num_tasks {
-                return;
+    /// Takes the tasks of a thread, then what is left of the others'.
+    fn work(&self, thread: usize, task: &(dyn Fn(usize) + Sync)) {
+        for i in 0..self.shares.len() {
+            let share = &self.shares[(thread + i) % self.shares.len()];
+            let end = share.end.load(Ordering::Relaxed);
+            while share.next.load(Ordering::Relaxed) < end {
+                let index = share.next.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                task(index);
             }
-            task(index);
         }
     }
 
@@ -182,7 +200,7 @@ impl Shared {
     }
 
     /// A worker's life.
-    fn serve(&self, epoch: &AtomicU32) {
+    fn serve(&self, thread: usize, epoch: &AtomicU32) {
         let mut seen = 0;
         loop {
             let mut rounds = self.spin_rounds;
@@ -198,20 +216,20 @@ impl Shared {
                 return;
             }
             seen = seen.wrapping_add(1);
-            self.help();
+            self.help(thread);
         }
     }
 
-    fn help(&self) {
+    fn help(&self, thread: usize) {
         // SAFETY: this worker's epoch was raised after the region was written, and the region stays until all helpers
         // have been counted off below.
-        let (task, num_tasks, caller) = unsafe {
+        let (task, caller) = unsafe {
             let region = (*self.region.get()).as_ref().expect("a worker is woken for a region");
-            (&*region.task, region.num_tasks, region.caller.clone())
+            (&*region.task, region.caller.clone())
         };
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(task, num_tasks))) {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(thread, task))) {
             // The remaining tasks are not begun; the caller hears of the panic.
-            self.next_task.store(num_tasks, Ordering::Relaxed);
+            self.shares.iter().for_each(|share| share.next.store(usize::MAX / 2, Ordering::Relaxed));
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
         }
         if self.helpers.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -238,6 +256,20 @@ mod tests {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_loses_its_tasks_to_the_others() {
+        let pool = Pool::new(2);
+        let done = AtomicUsize::new(0);
+        // The first task waits until all others are done, those of its own thread too.
+        pool.parallel_for(16, |i| {
+            while i == 0 && done.load(Ordering::Acquire) < 15 {
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::Release);
+        });
+        assert_eq!(done.into_inner(), 16);
     }
 
     #[test]
