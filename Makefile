@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-scheduler check-asan check-memory fuzz test-gpu-check gpu-check soak toolchain
+.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-grammar bench-scheduler check-asan check-memory fuzz test-gpu-check gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -107,6 +107,9 @@ bench-serving: build ## Measure the server through HTTP (models: make bench-serv
 
 bench-shard: build ## Measure one shard without router and HTTP (make bench-shard ARGS="135m decode=1,8 context=256")
 	$(CARGO) bench --profile release --locked --workspace --bench shard -- $(ARGS)
+
+bench-grammar: build ## Measure the server with and without grammars, and their masks
+	$(CARGO) bench --profile release --locked --workspace --bench grammar
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation queue router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)

@@ -1,5 +1,6 @@
 """`huggingface_hub.InferenceClient` against a running server: huggingface_client.py URL"""
 
+import json
 import os
 import sys
 
@@ -37,8 +38,34 @@ def check_text_generation(url: str) -> None:
     assert events[-1].details.generated_tokens == len(events)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"animal": {"enum": ["fox", "cat"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["animal", "legs"],
+    "additionalProperties": False,
+}
+
+
+def check_grammars(url: str) -> None:
+    client = InferenceClient(model=url)
+    request = dict(max_new_tokens=60, do_sample=True, seed=5)
+    grammar = {"type": "json", "value": SCHEMA}
+    text = client.text_generation("A fox is", grammar=grammar, return_full_text=False, **request)
+    animal = json.loads(text)
+    assert list(animal) == ["animal", "legs"] and animal["animal"] in ("fox", "cat"), text
+    pieces = client.text_generation("A fox is", grammar=grammar, stream=True, **request)
+    assert "".join(pieces) == text
+    grammar = {"type": "regex", "value": "[0-9]{3}-[a-f]{2}"}
+    text = client.text_generation("A fox is", grammar=grammar, return_full_text=False, **request)
+    assert len(text) == 6 and text[:3].isdigit() and text[3] == "-", text
+    chat = InferenceClient(base_url=url)
+    response_format = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    answer = chat.chat_completion(MESSAGES, max_tokens=60, seed=5, response_format=response_format)
+    assert list(json.loads(answer.choices[0].message.content)) == ["animal", "legs"]
+
+
 def main() -> None:
-    for check in (check_chat, check_text_generation):
+    for check in (check_chat, check_text_generation, check_grammars):
         check(sys.argv[1])
         print(check.__name__, "ok")
 

@@ -1,5 +1,6 @@
 """The `openai` client against a running server: openai_client.py URL"""
 
+import json
 import sys
 
 import openai
@@ -62,6 +63,43 @@ def check_early_close(client: openai.OpenAI, model: str) -> None:
     assert client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=2).choices
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 15},
+        "year": {"type": "integer", "minimum": 1900, "maximum": 2100},
+        "kind": {"enum": ["story", "poem"]},
+    },
+    "required": ["title", "year", "kind"],
+    "additionalProperties": False,
+}
+
+
+def check_json_schema(client: openai.OpenAI, model: str) -> None:
+    request = dict(
+        model=model,
+        messages=MESSAGES,
+        temperature=1.0,
+        max_completion_tokens=150,
+        response_format={"type": "json_schema", "json_schema": {"name": "work", "strict": True, "schema": SCHEMA}},
+    )
+    finished = 0
+    for seed in range(4):
+        choice = client.chat.completions.create(**request, seed=seed).choices[0]
+        stream = client.chat.completions.create(**request, seed=seed, stream=True)
+        text = "".join(part.delta.content or "" for chunk in stream for part in chunk.choices)
+        assert text == choice.message.content
+        if choice.finish_reason == "stop":
+            finished += 1
+            work = json.loads(choice.message.content)
+            assert list(work) == ["title", "year", "kind"] and len(work["title"]) <= 15, work
+            assert 1900 <= work["year"] <= 2100 and work["kind"] in ("story", "poem"), work
+    assert finished >= 3, finished
+    request["response_format"] = {"type": "json_object"}
+    choice = client.chat.completions.create(**request, seed=1).choices[0]
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+
+
 def check_errors(client: openai.OpenAI, model: str) -> None:
     try:
         client.chat.completions.create(model=model, messages=MESSAGES, temperature=-1)
@@ -78,7 +116,7 @@ def check_errors(client: openai.OpenAI, model: str) -> None:
 def main() -> None:
     client = openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0)
     model = client.models.list().data[0].id
-    for check in (check_chat, check_choices, check_completion, check_early_close, check_errors):
+    for check in (check_chat, check_choices, check_completion, check_early_close, check_json_schema, check_errors):
         check(client, model)
         print(check.__name__, "ok")
 

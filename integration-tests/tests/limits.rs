@@ -128,9 +128,9 @@ async fn what_cannot_be_served_is_refused_with_field_limit_and_remedy() {
     check("/v1/chat/completions", json!({"messages": []}), 400, &["messages"]).await;
     check(
         "/v1/chat/completions",
-        chat(json!({"response_format": {"type": "json_object"}})),
-        422,
-        &["response_format"],
+        chat(json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}})),
+        400,
+        &["response_format", "`not` at /"],
     )
     .await;
     check("/generate", json!({"inputs": "a", "parameters": {"max_new_tokens": 0}}), 422, &["max_new_tokens"])

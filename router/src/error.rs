@@ -23,6 +23,9 @@ pub(crate) enum RequestError {
         /// What to do without it.
         message: String,
     },
+    /// Too many grammars wait to be compiled.
+    #[error("{0}")]
+    GrammarsBusy(String),
     /// The chat template did not accept the messages.
     #[error(transparent)]
     Template(#[from] TemplateError),

@@ -58,6 +58,13 @@ pub(crate) const PREFILL_BUDGET: &str = "lamplighter_prefill_budget_tokens";
 /// The router's own work for a step, by `stage`; see [`Stage`].
 pub(crate) const ROUTER_STEP_DURATION: &str = "lamplighter_router_step_duration";
 
+/// From a request's grammar to one that is compiled, refused or known already.
+pub(crate) const GRAMMAR_COMPILE_DURATION: &str = "lamplighter_grammar_compile_duration";
+/// Computing the mask of one token, on average over a step's.
+pub(crate) const GRAMMAR_MASK_DURATION: &str = "lamplighter_grammar_mask_duration";
+/// What a step with masks waited for them: what the model's time did not hide.
+pub(crate) const GRAMMAR_MASK_WAIT_DURATION: &str = "lamplighter_grammar_mask_wait_duration";
+
 /// Tells the recorder what the scheduler's metrics mean. Call once it is installed.
 pub(crate) fn describe_scheduler() {
     describe_gauge!(QUEUE_SIZE, "requests waiting for a step");
@@ -110,6 +117,21 @@ pub(crate) fn describe_scheduler() {
         ROUTER_STEP_DURATION,
         Unit::Seconds,
         "the router's own work for a step, by stage (plan, encode, decode, apply, wake, detokenize, sse)"
+    );
+    describe_histogram!(
+        GRAMMAR_COMPILE_DURATION,
+        Unit::Seconds,
+        "from a request's grammar to one that is compiled, refused or known already"
+    );
+    describe_histogram!(
+        GRAMMAR_MASK_DURATION,
+        Unit::Seconds,
+        "computing the mask of one token, on average over a step's"
+    );
+    describe_histogram!(
+        GRAMMAR_MASK_WAIT_DURATION,
+        Unit::Seconds,
+        "what a step with masks waited for them, beyond the model's time"
     );
     // Counters exist from the start, so that a rate over them has a beginning.
     for name in
@@ -317,6 +339,17 @@ pub(crate) fn record_router_step() {
     }
 }
 
+/// A grammar was checked and compiled, or found where it had been.
+pub(crate) fn record_grammar(duration: Duration) {
+    histogram!(GRAMMAR_COMPILE_DURATION).record(duration);
+}
+
+/// Masks were applied in a step: what one took on average, and how long the step waited for them.
+pub(crate) fn record_masks(mean: Duration, waiting: Duration) {
+    histogram!(GRAMMAR_MASK_DURATION).record(mean);
+    histogram!(GRAMMAR_MASK_WAIT_DURATION).record(waiting);
+}
+
 /// A sequence gave its blocks back.
 pub(crate) fn record_preemption() {
     counter!(PREEMPTIONS).increment(1);
@@ -365,13 +398,15 @@ const FAILURES: [&str; 8] = [
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     // TGI's: 0.15 ms to some 146 s, each half as long again as the one before.
     let durations: Vec<f64> = (0..35).map(|n| 1.5e-4 * 1.5f64.powi(n)).collect();
-    // The router's share of a step is far shorter: 1 us to some 66 ms.
+    // The router's share of a step and masks are far shorter: 1 us to some 66 ms.
     let router_durations: Vec<f64> = (0..17).map(|n| 1e-6 * f64::from(1u32 << n)).collect();
     let counts: Vec<f64> = (0..=20).map(|n| f64::from(1u32 << n)).collect();
     let handle = PrometheusBuilder::new()
         .set_buckets(&counts)?
         .set_buckets_for_metric(Matcher::Suffix("_duration".to_owned()), &durations)?
         .set_buckets_for_metric(Matcher::Full(ROUTER_STEP_DURATION.to_owned()), &router_durations)?
+        .set_buckets_for_metric(Matcher::Full(GRAMMAR_MASK_DURATION.to_owned()), &router_durations)?
+        .set_buckets_for_metric(Matcher::Full(GRAMMAR_MASK_WAIT_DURATION.to_owned()), &router_durations)?
         .install_recorder()?;
     describe_scheduler();
     describe_http();

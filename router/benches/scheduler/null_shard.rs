@@ -93,6 +93,13 @@ impl Shard for NullShard {
     async fn step(&self, _: Request<v1::StepRequest>) -> Result<Response<v1::StepResponse>, Status> {
         Err(Status::unimplemented("the router does not use it"))
     }
+
+    async fn prepare_grammar(
+        &self,
+        _: Request<v1::PrepareGrammarRequest>,
+    ) -> Result<Response<v1::PrepareGrammarResponse>, Status> {
+        Err(Status::failed_precondition("there are no grammars here"))
+    }
 }
 
 async fn answer_steps(
@@ -153,6 +160,7 @@ fn count(sequences: &mut HashMap<u64, Lengths>, step: &v1::StepRequest) -> v1::S
             tokens: vec![v1::SampledToken { token_id, logprob: -0.5, top: Vec::new() }],
             finish_reason: finish_reason.into(),
             prompt_tokens: Vec::new(),
+            ..v1::SequenceOutput::default()
         });
     }
     answer

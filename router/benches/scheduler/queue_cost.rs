@@ -138,6 +138,7 @@ fn request(index: usize, prompt_tokens: usize, standing: Standing) -> SimulatedR
         ignore_eos: true,
         top_n_tokens: 0,
         prompt_logprobs: false,
+        grammar: None,
         standing,
         cache_namespace: CacheNamespace::default(),
     };

@@ -159,6 +159,7 @@ impl<'a> Player<'a> {
             ignore_eos: false,
             top_n_tokens: 0,
             prompt_logprobs: false,
+            grammar: None,
             standing,
             cache_namespace: CacheNamespace::default(),
         };

@@ -3,16 +3,18 @@
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
-use futures::future::try_join_all;
+use futures::future::{BoxFuture, try_join_all};
+use grammar::{GrammarId, Source};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::config::RouterConfig;
 use crate::error::RequestError;
 use crate::metrics;
 use crate::scheduler::{SchedulerHandle, ServingInfo, Status, SubmitError, TokenRequest};
+use crate::shards::GrammarError;
 use crate::stream::{Generated, GenerationStream, StreamInput, TokenEvents};
 use crate::text::tokenizer::Tokenizer;
-use crate::validate::{GenerationRequest, Validator};
+use crate::validate::{GenerationRequest, RequestedGrammar, Validator};
 
 /// State of all endpoints.
 pub(crate) struct App {
@@ -48,6 +50,9 @@ pub(crate) trait Backend: Send + Sync + 'static {
 
     /// Whether requests are taken.
     fn status(&self) -> Status;
+
+    /// Has a grammar checked and compiled, for requests that are submitted later.
+    fn prepare(&self, source: Source) -> BoxFuture<'static, Result<GrammarId, GrammarError>>;
 }
 
 impl Backend for SchedulerHandle {
@@ -59,6 +64,35 @@ impl Backend for SchedulerHandle {
     fn status(&self) -> Status {
         SchedulerHandle::status(self)
     }
+
+    fn prepare(&self, source: Source) -> BoxFuture<'static, Result<GrammarId, GrammarError>> {
+        let grammars = self.grammars().cloned();
+        Box::pin(async move {
+            match grammars {
+                Some(grammars) => grammars.prepare(source).await,
+                None => Err(GrammarError::Unavailable("there are no shards".to_owned())),
+            }
+        })
+    }
+}
+
+/// A request's grammar, compiled before the request is queued: whoever sends a wrong one learns it at once, and no step waits for it.
+async fn prepare(serving: &Serving, grammar: &RequestedGrammar) -> Result<GrammarId, RequestError> {
+    let RequestedGrammar { source, param } = grammar;
+    let since = Instant::now();
+    let prepared = serving.backend.prepare(source.clone()).await;
+    metrics::record_grammar(since.elapsed());
+    prepared.map_err(|error| match error {
+        GrammarError::Invalid(_) | GrammarError::TooComplex => {
+            RequestError::invalid(param, format!("`{param}`: {error}"))
+        }
+        GrammarError::Unsupported(_) => RequestError::unsupported(param, format!("`{param}`: {error}")),
+        GrammarError::Busy(message) => RequestError::GrammarsBusy(message),
+        GrammarError::Unavailable(reason) => {
+            tracing::warn!(reason, "a grammar could not be compiled");
+            SubmitError::Unavailable.into()
+        }
+    })
 }
 
 /// Whether requests are served, for people and probes.
@@ -167,7 +201,11 @@ impl App {
         arrived: Instant,
     ) -> Result<Generation, RequestError> {
         let serving = self.serving()?;
-        let valid = serving.validator.validate(request).await?;
+        let grammar = match &request.grammar {
+            Some(grammar) => Some(prepare(serving, grammar).await?),
+            None => None,
+        };
+        let valid = serving.validator.validate(request, grammar).await?;
         let validation_time = arrived.elapsed();
         metrics::record_validation(validation_time);
         let events = serving.backend.submit(valid.sequences.clone())?;

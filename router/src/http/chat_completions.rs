@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
+use super::grammar;
 use super::openai::{self, Endpoint, TokenLogprob};
 use crate::error::RequestError;
 use crate::stream::{Generated, GeneratedToken};
@@ -44,7 +45,7 @@ impl Endpoint for ChatCompletions {
             ToolChoice::Auto => tools,
             ToolChoice::None => None,
         };
-        check_response_format(fields)?;
+        let grammar = grammar::take(fields, "response_format")?;
         fields.refuse("functions", |_| false, "use `tools`")?;
         fields.refuse("function_call", |value| value == "auto" || value == "none", "use `tools`")?;
         fields.refuse("audio", |_| false, "the model gives text")?;
@@ -79,6 +80,7 @@ impl Endpoint for ChatCompletions {
             n: fields.take("n")?.unwrap_or(1),
             best_of: None,
             truncate: None,
+            grammar,
             standing,
         };
         fields.without_effect(&["reasoning_effort"]);
@@ -187,22 +189,10 @@ impl ToolChoice {
             Some(Some("none")) => Ok(Self::None),
             Some(_) => Err(RequestError::unsupported(
                 "tool_choice",
-                "`tool_choice` other than \"auto\" and \"none\" needs grammar-constrained generation, which is not \
-                 available yet: use \"auto\", and ask for the call in a message",
+                "`tool_choice` other than \"auto\" and \"none\" is not supported yet: use \"auto\", and ask for the call in a \
+                 message",
             )),
         }
-    }
-}
-
-fn check_response_format(fields: &mut Fields) -> Result<(), RequestError> {
-    let format: Option<Value> = fields.take("response_format")?;
-    match format.as_ref().map(|format| format["type"].as_str()) {
-        None | Some(Some("text")) => Ok(()),
-        Some(_) => Err(RequestError::unsupported(
-            "response_format",
-            "`response_format` other than {\"type\": \"text\"} needs grammar-constrained generation, which is not \
-             available yet: describe the form of the answer in a message",
-        )),
     }
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
+use super::grammar;
 use super::openai::{self, Endpoint};
 use crate::error::RequestError;
 use crate::stream::{Generated, GeneratedToken};
@@ -46,11 +47,7 @@ impl Endpoint for Completions {
             |value| *value == Value::Bool(false),
             "put the prompt before the text yourself",
         )?;
-        fields.refuse(
-            "response_format",
-            |format| format["type"] == "text",
-            "it needs grammar-constrained generation; describe the form of the answer in the prompt",
-        )?;
+        let grammar = grammar::take(fields, "response_format")?;
         let logprobs: Option<u32> = fields.take("logprobs")?;
         if let Some(given) = logprobs.filter(|given| *given > MAX_LOGPROBS) {
             let message = format!("`logprobs` must be >= 0 and <= {MAX_LOGPROBS}. Given: {given}");
@@ -69,6 +66,7 @@ impl Endpoint for Completions {
             n: fields.take("n")?.unwrap_or(1),
             best_of: fields.take("best_of")?,
             truncate: None,
+            grammar,
             standing,
         };
         Ok((generation, Self { logprobs: logprobs.is_some() }))

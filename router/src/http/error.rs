@@ -75,7 +75,7 @@ fn row(error: &RequestError) -> Row {
         RequestError::NotFound { .. } => same(S::NOT_FOUND, INVALID, Some("not_found"), "not_found", "validation"),
         RequestError::ModelNotFound { .. } => same(S::NOT_FOUND, INVALID, Some("model_not_found"), "validation", "validation"),
         RequestError::Method { .. } => same(S::METHOD_NOT_ALLOWED, INVALID, Some("method_not_allowed"), "method_not_allowed", "validation"),
-        RequestError::Submit(SubmitError::Overloaded { .. }) => same(S::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"), "overloaded", "overloaded"),
+        RequestError::Submit(SubmitError::Overloaded { .. }) | RequestError::GrammarsBusy(_) => same(S::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"), "overloaded", "overloaded"),
         RequestError::Submit(SubmitError::Draining) | RequestError::Failed(Failure::ShuttingDown) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), "shutting_down", "unavailable"),
         RequestError::Submit(SubmitError::Unavailable) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("not_ready"), "not_ready", "unavailable"),
         // Whose limit it was, the client's or the server's, makes no difference: the server was too slow for it. 408
@@ -83,7 +83,7 @@ fn row(error: &RequestError) -> Row {
         RequestError::Failed(Failure::QueueTimeout { .. }) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("queue_timeout"), "overloaded", "timeout"),
         RequestError::Failed(Failure::Timeout { .. }) => same(S::GATEWAY_TIMEOUT, "server_error", Some("timeout"), "timeout", "timeout"),
         RequestError::Failed(Failure::OutOfMemory) => same(S::SERVICE_UNAVAILABLE, "server_error", Some("out_of_memory"), "overloaded", "out_of_memory"),
-        RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => row(S::INTERNAL_SERVER_ERROR, "server_error", Some("generation_failed"), S::FAILED_DEPENDENCY, "generation", "generation"),
+        RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits | Failure::Grammar(_)) => row(S::INTERNAL_SERVER_ERROR, "server_error", Some("generation_failed"), S::FAILED_DEPENDENCY, "generation", "generation"),
         RequestError::Internal => same(S::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), "internal", "generation"),
     };
     row
@@ -115,10 +115,10 @@ pub(super) fn tgi_body(error: &RequestError) -> Value {
     let row = row(error);
     let text = match error {
         RequestError::Template(_) => format!("Template error: {error}"),
-        RequestError::Submit(SubmitError::Overloaded { .. }) | RequestError::Failed(Failure::OutOfMemory) => {
-            format!("Model is overloaded: {error}")
-        }
-        RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits) => {
+        RequestError::Submit(SubmitError::Overloaded { .. })
+        | RequestError::GrammarsBusy(_)
+        | RequestError::Failed(Failure::OutOfMemory) => format!("Model is overloaded: {error}"),
+        RequestError::Failed(Failure::Shards(_) | Failure::InvalidLogits | Failure::Grammar(_)) => {
             format!("Request failed during generation: {error}")
         }
         _ if row.tgi_type == "validation" => format!("Input validation error: {error}"),

@@ -22,6 +22,12 @@ const BODY_DEADLINE: Duration = Duration::from_mins(1);
 #[derive(Debug, Default)]
 pub(super) struct Fields(Map<String, Value>);
 
+impl From<Map<String, Value>> for Fields {
+    fn from(object: Map<String, Value>) -> Self {
+        Self(object)
+    }
+}
+
 impl Fields {
     /// Reads a request's body.
     pub(super) async fn read(request: Request) -> Result<Self, RequestError> {

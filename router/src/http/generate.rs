@@ -17,6 +17,7 @@ use super::best_of;
 use super::caller::{self, Caller};
 use super::error::{self, TgiError};
 use super::fields::Fields;
+use super::grammar;
 use super::sse::{self, Frames};
 use crate::error::RequestError;
 use crate::metrics;
@@ -137,11 +138,7 @@ impl TgiRequest {
         let do_sample_default = given.is_none();
         let mut parameters = given.unwrap_or_default();
         parameters.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
-        parameters.refuse(
-            "grammar",
-            |_| false,
-            "leave it out, and describe the form of the answer in `inputs`",
-        )?;
+        let grammar = grammar::take(&mut parameters, "grammar")?;
         let sampling = SamplingParameters {
             do_sample: Some(parameters.take("do_sample")?.unwrap_or(do_sample_default)),
             temperature: parameters.take("temperature")?,
@@ -180,6 +177,7 @@ impl TgiRequest {
             n: 1,
             best_of: parameters.take("best_of")?,
             truncate: parameters.take("truncate")?,
+            grammar,
             standing: caller.take(&mut parameters)?,
         };
         parameters.finish();

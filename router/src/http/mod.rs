@@ -9,6 +9,7 @@ mod completions;
 mod error;
 mod fields;
 mod generate;
+mod grammar;
 mod health;
 mod info;
 mod metrics_page;

@@ -396,7 +396,12 @@ fn take_streaming(fields: &mut Fields) -> Result<Streaming, RequestError> {
 
 /// Fields of both OpenAI endpoints that need what is not there yet.
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), RequestError> {
-    fields.refuse("grammar", |_| false, "leave it out, and describe the form of the answer in the prompt")?;
+    // Other servers' names for the same; as unknown fields they would be ignored.
+    for name in
+        ["grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"]
+    {
+        fields.refuse(name, |_| false, "use `response_format`")?;
+    }
     fields.refuse("watermark", |value| *value == Value::Bool(false), "leave it out")?;
     fields.refuse("use_beam_search", |value| *value == Value::Bool(false), "leave it out")
 }

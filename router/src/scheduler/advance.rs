@@ -23,7 +23,10 @@ impl Scheduler {
         }
         if let Some(method) = step.method {
             let total = now.saturating_duration_since(step.sent_at);
-            let StepTimes { forward, sampling } = answer.times;
+            let StepTimes { forward, sampling, masks } = answer.times;
+            if masks.num_masks > 0 {
+                metrics::record_masks(masks.computing / masks.num_masks, masks.waiting);
+            }
             metrics::record_step_done(method, &StepDurations { total, forward, sampling });
         }
         // The shards begin a step when it is there and the one before is done.
@@ -70,6 +73,12 @@ impl Scheduler {
         }
         if let Some(failure) = failure {
             self.failed(row.request, failure);
+            return Ok(());
+        }
+        if let Some(SequenceOutput { outcome: Outcome::GrammarFailed(reason), .. }) = output {
+            if let Some(entry) = self.end(row.request) {
+                entry.events.fail(Failure::Grammar(reason));
+            }
             return Ok(());
         }
         running.sequence.steps_in_flight -= 1;
@@ -164,6 +173,6 @@ fn failure_of(outcome: &Outcome) -> Option<RowFailure> {
         Outcome::InvalidLogits => Some(RowFailure::InvalidLogits),
         Outcome::OutOfMemory => Some(RowFailure::OutOfMemory),
         Outcome::MissingPrefix => Some(RowFailure::MissingPrefix),
-        Outcome::Nothing | Outcome::Sampled(_) | Outcome::Ended(..) => None,
+        Outcome::Nothing | Outcome::Sampled(_) | Outcome::Ended(..) | Outcome::GrammarFailed(_) => None,
     }
 }

@@ -26,6 +26,18 @@ pub(crate) struct StepTimes {
     pub(crate) forward: Duration,
     /// In choosing tokens.
     pub(crate) sampling: Duration,
+    /// Of grammars.
+    pub(crate) masks: MaskTimes,
+}
+
+/// What the masks of a step's grammars cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct MaskTimes {
+    pub(crate) num_masks: u32,
+    /// To compute them, in all.
+    pub(crate) computing: Duration,
+    /// How long the step waited for them.
+    pub(crate) waiting: Duration,
 }
 
 /// What a step gave for one sequence.
@@ -52,6 +64,8 @@ pub(crate) enum Outcome {
     OutOfMemory,
     /// The blocks that it was admitted over were not computed, for the same reason.
     MissingPrefix,
+    /// Its grammar cannot be enforced any longer, for this reason.
+    GrammarFailed(String),
 }
 
 /// An answer that does not fit what was asked: router and shards no longer agree on the state of the sequences.

@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use super::event::{Event, RequestId, Submission};
 use super::request::{SubmitError, TokenRequest};
 use super::token_stream::{self, TokenStream};
+use crate::shards::GrammarClient;
 
 /// Whether requests are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub enum Status {
 #[derive(Debug, Clone)]
 pub struct SchedulerHandle {
     shared: Arc<Shared>,
+    /// None in tests without shards.
+    grammars: Option<GrammarClient>,
 }
 
 #[derive(Debug)]
@@ -55,7 +58,17 @@ impl SchedulerHandle {
             next_request: AtomicU64::new(0),
             status: Arc::new(watch::Sender::new(Status::Ready)),
         };
-        (Self { shared: Arc::new(shared) }, receiver)
+        (Self { shared: Arc::new(shared), grammars: None }, receiver)
+    }
+
+    /// With shards that compile grammars.
+    pub(crate) fn with_grammars(self, grammars: GrammarClient) -> Self {
+        Self { grammars: Some(grammars), ..self }
+    }
+
+    /// What has grammars compiled.
+    pub(crate) fn grammars(&self) -> Option<&GrammarClient> {
+        self.grammars.as_ref()
     }
 
     /// Takes all of `requests` or none. Each counts against `max_concurrent_requests` until its stream has ended or is

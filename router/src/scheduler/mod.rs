@@ -47,5 +47,5 @@ pub use token_stream::TokenStream;
 
 pub use crate::shards::{DataType, Device};
 
-pub(crate) use answer::{Outcome, SequenceOutput, StepAnswer, StepTimes};
+pub(crate) use answer::{MaskTimes, Outcome, SequenceOutput, StepAnswer, StepTimes};
 pub(crate) use step::{NewSequence, Scheduled, Step};

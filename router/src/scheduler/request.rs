@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use grammar::GrammarId;
 use proto::units::{AdapterIndex, TokenId};
 
 /// A request as the scheduler sees it. It exists only if it can be served: prompt and `max_new_tokens` together fit
@@ -25,6 +26,8 @@ pub struct TokenRequest {
     pub standing: Standing,
     /// Which cached prefixes it may use.
     pub cache_namespace: CacheNamespace,
+    /// What its text is held to; the shards have compiled it.
+    pub grammar: Option<GrammarId>,
 }
 
 /// Where a request stands among others.
@@ -144,6 +147,9 @@ pub enum Failure {
          --cuda-memory-fraction or --max-batch-prefill-tokens, or stops what else uses the GPU)"
     )]
     OutOfMemory,
+    /// Its grammar could not be enforced to the end.
+    #[error("the grammar cannot be enforced any longer: {0}")]
+    Grammar(String),
     /// Its deadline passed in the queue: nothing was computed.
     #[error(
         "the request waited {} ms, as long as its time allows, and was not begun: send it again later, or raise \

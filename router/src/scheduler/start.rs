@@ -172,11 +172,12 @@ pub async fn start(
         // The shards do not speculate.
         max_sampled_tokens: 1,
     };
+    let grammars = group.grammars();
     let shards = group.run(limits.steps_in_flight).await?;
     let (handle, events) = SchedulerHandle::new(wish.max_concurrent_requests, serving.kv_cache_tokens);
     tokio::spawn(task::run(Scheduler::new(limits), events, shards, handle.status_sender()));
     phase.send_replace(StartPhase::Ready);
-    Ok((handle, serving))
+    Ok((handle.with_grammars(grammars), serving))
 }
 
 /// What the settings ask for, as far as it can be said before the KV cache is measured.

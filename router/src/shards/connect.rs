@@ -10,6 +10,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use super::codec;
+use super::grammars::GrammarClient;
 use super::group::{Rank, ShardGroup};
 use super::info::{Device, GroupInfo, InfoError};
 
@@ -111,6 +112,11 @@ impl ConnectedGroup {
     /// What its ranks say about themselves.
     pub(crate) fn info(&self) -> &GroupInfo {
         &self.info
+    }
+
+    /// What has grammars compiled.
+    pub(crate) fn grammars(&self) -> GrammarClient {
+        GrammarClient::new(self.channels[0].clone())
     }
 
     /// Sizes and allocates the KV cache, on all ranks at once, since they meet in collectives. Returns the number of

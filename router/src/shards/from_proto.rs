@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::units::{SequenceId, TokenId};
 use proto::v1;
 
-use crate::scheduler::{EndReason, Outcome, SequenceOutput, StepAnswer, StepTimes, Token};
+use crate::scheduler::{EndReason, MaskTimes, Outcome, SequenceOutput, StepAnswer, StepTimes, Token};
 
 /// An answer with a value that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +31,11 @@ pub(crate) fn step_answer(
         times: StepTimes {
             forward: Duration::from_micros(response.forward_us),
             sampling: Duration::from_micros(response.sample_us),
+            masks: MaskTimes {
+                num_masks: response.num_masks,
+                computing: Duration::from_micros(response.mask_us),
+                waiting: Duration::from_micros(response.mask_wait_us),
+            },
         },
     })
 }
@@ -45,6 +50,7 @@ fn sequence_output(output: &v1::SequenceOutput, vocab_size: usize) -> Result<Seq
         v1::FinishReason::InvalidLogits => return Ok(failed(Outcome::InvalidLogits)),
         v1::FinishReason::OutOfMemory => return Ok(failed(Outcome::OutOfMemory)),
         v1::FinishReason::MissingPrefix => return Ok(failed(Outcome::MissingPrefix)),
+        v1::FinishReason::Grammar => return Ok(failed(Outcome::GrammarFailed(output.failure.clone()))),
         v1::FinishReason::Eos => Some(EndReason::Eos),
         v1::FinishReason::Length => Some(EndReason::Length),
         v1::FinishReason::Unspecified => None,
@@ -93,7 +99,13 @@ mod tests {
     }
 
     fn output(tokens: Vec<v1::SampledToken>, finish_reason: i32) -> v1::SequenceOutput {
-        v1::SequenceOutput { sequence_id: 7, tokens, finish_reason, prompt_tokens: Vec::new() }
+        v1::SequenceOutput {
+            sequence_id: 7,
+            tokens,
+            finish_reason,
+            failure: "why".to_owned(),
+            ..v1::SequenceOutput::default()
+        }
     }
 
     #[test]
@@ -109,6 +121,8 @@ mod tests {
         check(vec![sampled(3, -0.5); 2], v1::FinishReason::Unspecified, Outcome::Sampled(two));
         check(vec![sampled(3, -0.5)], v1::FinishReason::Length, Outcome::Ended(tokens, EndReason::Length));
         check(vec![sampled(99, f32::NAN)], v1::FinishReason::InvalidLogits, Outcome::InvalidLogits);
+        let failed = Outcome::GrammarFailed("why".to_owned());
+        check(vec![], v1::FinishReason::Grammar, failed);
         check(vec![sampled(3, f32::NAN)], v1::FinishReason::Unspecified, Outcome::InvalidLogits);
         check(vec![], v1::FinishReason::OutOfMemory, Outcome::OutOfMemory);
         check(vec![], v1::FinishReason::MissingPrefix, Outcome::MissingPrefix);

@@ -4,6 +4,7 @@
 mod codec;
 mod connect;
 mod from_proto;
+mod grammars;
 mod group;
 mod info;
 mod to_proto;
@@ -15,5 +16,6 @@ pub(crate) use connect::ShardError;
 pub use info::{DataType, Device};
 
 pub(crate) use connect::connect;
+pub(crate) use grammars::{GrammarClient, GrammarError};
 pub(crate) use group::ShardGroup;
 pub(crate) use info::GroupInfo;

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use grammar::{GrammarId, Source};
 use proto::client::ShardAddress;
 use proto::units::{AdapterIndex, BlockId, SequenceId, TokenId};
 use proto::v1;
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{ShardError, ShardGroup, connect};
+use super::{GrammarError, ShardError, ShardGroup, connect};
 use crate::config::RouterConfig;
 use crate::scheduler::{
     self, CacheNamespace, EndReason, Failure, NewSequence, Outcome, Sampling, Scheduled, SchedulerHandle,
@@ -101,6 +102,20 @@ impl Shard for Rank {
     async fn step(&self, _: Request<v1::StepRequest>) -> Result<Response<v1::StepResponse>, Status> {
         Err(Status::unimplemented("the router does not use it"))
     }
+
+    async fn prepare_grammar(
+        &self,
+        request: Request<v1::PrepareGrammarRequest>,
+    ) -> Result<Response<v1::PrepareGrammarResponse>, Status> {
+        let text = request.into_inner().text;
+        match &*text {
+            "invalid" => Err(Status::invalid_argument("why")),
+            "busy" => Err(Status::resource_exhausted("why")),
+            "none" => Err(Status::failed_precondition("why")),
+            "gone" => Err(Status::unavailable("why")),
+            _ => Ok(Response::new(v1::PrepareGrammarResponse { grammar_id: text.len() as u64 })),
+        }
+    }
 }
 
 async fn answer_steps(
@@ -165,7 +180,7 @@ fn compute(sequences: &mut HashMap<u64, Lengths>, step: &v1::StepRequest) -> v1:
                 sequence_id: scheduled.sequence_id,
                 tokens: vec![token],
                 finish_reason: finish_reason.into(),
-                prompt_tokens: Vec::new(),
+                ..v1::SequenceOutput::default()
             });
         }
     }
@@ -220,6 +235,7 @@ fn request(prompt_tokens: u32, max_new_tokens: u32) -> TokenRequest {
         ignore_eos: true,
         top_n_tokens: 2,
         prompt_logprobs: false,
+        grammar: Some(GrammarId(5)),
         standing: Standing::default(),
         cache_namespace: CacheNamespace::default(),
     }
@@ -255,6 +271,25 @@ async fn start(
     Ok((directory, handle, info))
 }
 
+#[tokio::test]
+async fn grammars_are_prepared_by_rank_0_and_refusals_are_told_apart() {
+    let (_directory, addresses) = serve(vec![Rank::new(0, 1)]);
+    let grammars = connect(&addresses, LONG).await.unwrap().grammars();
+    assert_eq!(grammars.prepare(Source::regex("four")).await, Ok(GrammarId(4)));
+    let why = || "why".to_owned();
+    let expected = [
+        ("invalid", GrammarError::Invalid(why())),
+        ("busy", GrammarError::Busy(why())),
+        ("none", GrammarError::Unsupported(why())),
+        ("gone", GrammarError::Unavailable(why())),
+    ];
+    for (text, error) in expected {
+        assert_eq!(grammars.prepare(Source::regex(text)).await, Err(error));
+    }
+    let no_id = grammars.prepare(Source::regex("")).await;
+    assert!(matches!(no_id, Err(GrammarError::Unavailable(_))), "{no_id:?}");
+}
+
 #[test]
 fn a_step_says_on_the_wire_what_it_says_here() {
     let message = super::to_proto::step(&Step { release: vec![SequenceId(3)], ..first_step(8) });
@@ -281,6 +316,7 @@ fn a_step_says_on_the_wire_what_it_says_here() {
         top_n_tokens: 2,
         prompt_logprobs: true,
         adapter_index: Some(2),
+        grammar_id: 5,
     };
     assert_eq!(message.admit, [expected]);
     let expected = v1::ScheduledSequence { sequence_id: 8, num_tokens: 4, append_block_ids: vec![9] };

@@ -1,5 +1,6 @@
 //! The scheduler's step, as the shards read it.
 
+use grammar::GrammarId;
 use proto::units::{AdapterIndex, BlockId, SequenceId, TokenId};
 use proto::v1;
 
@@ -31,6 +32,7 @@ fn new_sequence(new: &NewSequence) -> v1::NewSequence {
         top_n_tokens: request.top_n_tokens,
         prompt_logprobs: new.prompt_logprobs,
         adapter_index: request.cache_namespace.adapter.map(|AdapterIndex(index)| index),
+        grammar_id: request.grammar.map_or(0, |GrammarId(id)| id),
     }
 }
 

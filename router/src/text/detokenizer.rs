@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
+use grammar::pieces::Piece;
 use proto::units::TokenId;
 
-use super::pieces::Piece;
 use super::tokenizer::Tokenizer;
 
 /// Tokens of the prompt that the first generated token sees as context.

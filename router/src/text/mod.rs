@@ -6,7 +6,6 @@ pub(crate) mod stop_strings;
 pub(crate) mod text_workers;
 pub(crate) mod tokenizer;
 
-mod pieces;
 mod strftime;
 
 /// Files of the model directory that turn text into token ids: what is wrong with them, and where.

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::str::FromStr;
 
+use grammar::pieces::{Pieces, byte_of_char};
 use proto::units::TokenId;
 
 use super::LoadError;
-use super::pieces::{Pieces, byte_of_char};
 
 /// A tokenizer of the `tokenizers` library, without its truncation and padding: both are for training.
 pub(crate) struct Tokenizer {

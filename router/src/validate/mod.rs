@@ -7,6 +7,7 @@ mod standing;
 
 use std::sync::Arc;
 
+use grammar::{GrammarId, Source};
 use proto::units::{AdapterIndex, TokenId};
 
 pub(crate) use adapter::{ModelChoice, ModelNames};
@@ -48,8 +49,19 @@ pub(crate) struct GenerationRequest {
     pub(crate) best_of: Option<u32>,
     /// Of a longer prompt, take only that many last tokens.
     pub(crate) truncate: Option<usize>,
+    /// What the text is held to.
+    pub(crate) grammar: Option<RequestedGrammar>,
     /// Where it stands among others.
     pub(crate) standing: StandingParameters,
+}
+
+/// A grammar that is not compiled yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RequestedGrammar {
+    /// Its text.
+    pub(crate) source: Source,
+    /// The field that it came in.
+    pub(crate) param: &'static str,
 }
 
 /// What is continued.
@@ -95,8 +107,12 @@ pub(crate) struct Validator {
 }
 
 impl Validator {
-    /// Checks each number first, then the prompt, which costs time.
-    pub(crate) async fn validate(&self, request: GenerationRequest) -> Result<ValidRequest, RequestError> {
+    /// Checks each number first, then the prompt, which costs time. `grammar`: the request's, compiled.
+    pub(crate) async fn validate(
+        &self,
+        request: GenerationRequest,
+        grammar: Option<GrammarId>,
+    ) -> Result<ValidRequest, RequestError> {
         let limits = &self.limits;
         let sampling = request.sampling.check(request.dialect, limits.vocab_size)?;
         limits.check_best_of(&request, sampling.temperature > 0.0)?;
@@ -132,6 +148,7 @@ impl Validator {
                     prompt_logprobs: request.prompt_logprobs,
                     standing: standing.clone(),
                     cache_namespace: cache_namespace.clone(),
+                    grammar,
                 });
             }
         }
@@ -222,6 +239,7 @@ pub(crate) mod tests {
             n: 1,
             best_of: None,
             truncate: None,
+            grammar: None,
             standing: StandingParameters::default(),
         }
     }
@@ -229,12 +247,13 @@ pub(crate) mod tests {
     async fn error(change: impl FnOnce(&mut GenerationRequest)) -> String {
         let mut request = request(Prompt::Texts(vec!["the".to_owned()]));
         change(&mut request);
-        validator().validate(request).await.expect_err("the request is not valid").to_string()
+        validator().validate(request, None).await.expect_err("the request is not valid").to_string()
     }
 
     #[tokio::test]
     async fn a_prompt_without_a_length_is_filled_up_to_the_limit() {
-        let valid = validator().validate(request(Prompt::Texts(vec!["the cat".to_owned()]))).await.unwrap();
+        let valid =
+            validator().validate(request(Prompt::Texts(vec!["the cat".to_owned()])), None).await.unwrap();
         assert_eq!(valid.prompt_tokens, 5);
         assert_eq!(valid.sequences[0].max_new_tokens, 59);
     }
@@ -243,7 +262,7 @@ pub(crate) mod tests {
     async fn chats_are_templated_and_control_tokens_are_ids() {
         let conversation =
             Conversation { messages: vec![json!({"role": "user", "content": "the"})], ..Default::default() };
-        let valid = validator().validate(request(Prompt::Chat(conversation))).await.unwrap();
+        let valid = validator().validate(request(Prompt::Chat(conversation)), None).await.unwrap();
         let prompt: Vec<u32> = valid.sequences[0].prompt.iter().map(|id| id.0).collect();
         assert_eq!(prompt[0], 263);
         assert_eq!(prompt[prompt.len() - 11], 263);
@@ -254,7 +273,7 @@ pub(crate) mod tests {
     async fn choices_share_the_prompt_and_have_their_own_seeds() {
         let mut request = request(Prompt::Ids(vec![vec![TokenId(1)], vec![TokenId(2), TokenId(3)]]));
         request.n = 2;
-        let valid = validator().validate(request).await.unwrap();
+        let valid = validator().validate(request, None).await.unwrap();
         let seeds: Vec<_> = valid.sequences.iter().map(|s| (s.prompt[0].0, s.sampling.seed)).collect();
         assert_eq!(seeds, [(1, 7), (1, 8), (2, 7), (2, 8)]);
         assert_eq!(valid.prompt_tokens, 3);
@@ -264,7 +283,7 @@ pub(crate) mod tests {
     async fn truncation_keeps_the_end() {
         let mut request = request(Prompt::Texts(vec!["abcdef".to_owned()]));
         request.truncate = Some(2);
-        let valid = validator().validate(request).await.unwrap();
+        let valid = validator().validate(request, None).await.unwrap();
         assert_eq!(valid.sequences[0].prompt, [TokenId(u32::from(b'e')), TokenId(u32::from(b'f'))]);
     }
 

@@ -4,7 +4,7 @@ use proto::v1::{SampledToken, ScheduledSequence};
 
 use super::sequence::{Sequence, Sequences};
 use crate::decoder::ForwardInput;
-use crate::sampling::NotFinite;
+use crate::sampling::NoToken;
 
 /// One step's batch. Its buffers are kept from step to step.
 #[derive(Debug, Default)]
@@ -15,9 +15,11 @@ pub(super) struct Batch {
     /// What each of the input's `logit_rows` is for.
     pub(super) uses: Vec<LogitUse>,
     /// What came of each of them.
-    pub(super) results: Vec<Result<SampledToken, NotFinite>>,
+    pub(super) results: Vec<Result<SampledToken, NoToken>>,
     /// Sequences that had ended before and are not computed.
     pub(super) skipped: Vec<u64>,
+    /// Sequences whose next token is held to a grammar, in order of their masks.
+    pub(super) masked: Vec<u64>,
 }
 
 /// A sequence that is computed.
@@ -54,7 +56,7 @@ impl Batch {
     }
 
     fn clear(&mut self) {
-        let Self { input, entries, uses, results, skipped } = self;
+        let Self { input, entries, uses, results, skipped, masked } = self;
         input.token_ids.clear();
         input.positions.clear();
         input.slot_mapping.clear();
@@ -71,6 +73,7 @@ impl Batch {
         uses.clear();
         results.clear();
         skipped.clear();
+        masked.clear();
     }
 
     fn push(&mut self, scheduled: &ScheduledSequence, sequence: &Sequence, block_size: usize) {
@@ -85,9 +88,10 @@ impl Batch {
             self.input.slot_mapping.push((block_id * block_size + position % block_size) as u32);
             let next = position + 1;
             if next == sequence.len() {
-                self.push_use(LogitUse::Sample { entry }, sequence);
+                self.push_use(LogitUse::Sample { entry }, scheduled.sequence_id, sequence);
             } else if sequence.prompt_logprobs && next < sequence.prompt_len {
-                self.push_use(LogitUse::PromptToken { entry, position: next }, sequence);
+                let logit_use = LogitUse::PromptToken { entry, position: next };
+                self.push_use(logit_use, scheduled.sequence_id, sequence);
             }
         }
         self.input.query_starts.push(self.input.token_ids.len() as u32);
@@ -97,12 +101,17 @@ impl Batch {
     }
 
     /// Of the row that was pushed last.
-    fn push_use(&mut self, logit_use: LogitUse, sequence: &Sequence) {
+    fn push_use(&mut self, logit_use: LogitUse, sequence_id: u64, sequence: &Sequence) {
         self.input.logit_rows.push(self.input.token_ids.len() as u32 - 1);
         self.uses.push(logit_use);
+        let mut mask = None;
+        if sequence.grammar.is_some() && matches!(logit_use, LogitUse::Sample { .. }) {
+            mask = Some(self.masked.len() as u32);
+            self.masked.push(sequence_id);
+        }
         if let Some(device) = &sequence.on_device {
             match logit_use {
-                LogitUse::Sample { .. } => device.push_choice(sequence.len(), &mut self.input.sampling),
+                LogitUse::Sample { .. } => device.push_choice(sequence.len(), mask, &mut self.input.sampling),
                 LogitUse::PromptToken { position, .. } => {
                     device.push_known(sequence.token_ids[position], &mut self.input.sampling);
                 }

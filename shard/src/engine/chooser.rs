@@ -6,8 +6,9 @@ use kernels::{Context, View};
 use proto::v1::SampledToken;
 
 use super::batch::{Batch, Entry, LogitUse};
+use super::grammars::{Constraint, Mask};
 use super::sequence::{Sequence, Sequences};
-use crate::sampling::{LogSoftmax, NotFinite, Scratch};
+use crate::sampling::{LogSoftmax, NoToken, Scratch};
 
 /// Chooses tokens.
 pub(super) struct Chooser {
@@ -18,7 +19,7 @@ pub(super) struct Chooser {
 #[derive(Default)]
 struct Worker {
     scratch: Scratch,
-    results: Vec<(usize, Result<SampledToken, NotFinite>)>,
+    results: Vec<(usize, Result<SampledToken, NoToken>)>,
 }
 
 impl Chooser {
@@ -49,7 +50,7 @@ impl Chooser {
             }
         });
         let first = results.len();
-        results.resize(first + uses.len(), Err(NotFinite));
+        results.resize(first + uses.len(), Err(NoToken::NotFinite));
         for worker in &mut self.workers {
             let worker = worker.get_mut().unwrap_or_else(PoisonError::into_inner);
             for (row, result) in worker.results.drain(..) {
@@ -66,12 +67,16 @@ fn token_of(
     entries: &[Entry],
     sequences: &Sequences,
     scratch: &mut Scratch,
-) -> Result<SampledToken, NotFinite> {
+) -> Result<SampledToken, NoToken> {
     let sequence = |entry: usize| &sequences[&entries[entry].sequence_id];
     match logit_use {
         LogitUse::Sample { entry } => {
-            let Sequence { sampler, token_ids, top_n_tokens, .. } = sequence(entry);
-            sampler.sample(logits, token_ids.len() as u64, *top_n_tokens, scratch)
+            let Sequence { sampler, token_ids, top_n_tokens, constraint, .. } = sequence(entry);
+            let mask = constraint.as_ref().map(Constraint::mask).transpose();
+            // Why there is none is asked for when the failure is told.
+            let mask = mask.map_err(|_| NoToken::NothingAllowed)?;
+            let mask = mask.as_ref().map(Mask::words);
+            sampler.sample(logits, token_ids.len() as u64, mask, *top_n_tokens, scratch)
         }
         LogitUse::PromptToken { entry, position } => {
             let Sequence { token_ids, top_n_tokens, .. } = sequence(entry);

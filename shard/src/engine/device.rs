@@ -7,14 +7,14 @@ use kernels::ops::sampling::{
     MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
     commit_tokens, sample,
 };
-use kernels::{Communicator, Context, DType, Error, Readback, Result, Staging, Tensor};
+use kernels::{Communicator, Context, DType, Error, Readback, Result, Staging, Tensor, View};
 use proto::v1::{NewSequence, SampledToken, SamplingParameters, TokenLogprob};
 
 use super::device_sampling::DeviceSampling;
-use super::graphs::{Graphs, Shape};
+use super::graphs::{Extent, Graphs, Shape};
 use super::validate::Limits;
 use crate::decoder::{Decoder, ForwardInput, KvCache, MAX_LOGIT_BIASES, StepInput};
-use crate::sampling::{NotFinite, neutral_parameters};
+use crate::sampling::{NoToken, neutral_parameters};
 
 /// Steps that may be in flight: while one is computed, the next is queued.
 pub(super) const MAX_IN_FLIGHT: usize = 2;
@@ -28,6 +28,8 @@ pub(super) struct DeviceState {
     pub(super) graphs: Graphs,
     /// For tokens of new sequences.
     staging: Staging,
+    /// For what tokens are chosen by, where that comes behind the rest of the step.
+    choice_staging: Staging,
     free_slots: Vec<u32>,
     readbacks: Vec<Readback>,
     /// Whether steps must do with the memory that has been taken so far.
@@ -90,6 +92,16 @@ impl DeviceState {
             steps,
             graphs,
             staging: Staging::new(context, &[limits.max_total_tokens, limits.max_total_tokens])?,
+            choice_staging: Staging::new(
+                context,
+                &[
+                    rows,
+                    rows * SamplingRow::WORDS,
+                    rows,
+                    2 * limits.max_step_sequences * MAX_LOGIT_BIASES,
+                    limits.max_logit_rows() * limits.vocab_size.div_ceil(32),
+                ],
+            )?,
             free_slots: (0..slots as u32).rev().collect(),
             readbacks: (0..MAX_IN_FLIGHT).map(|_| Readback::new(context, words)).collect::<Result<_>>()?,
             is_settled: false,
@@ -171,6 +183,56 @@ impl DeviceState {
             Form::Direct => self.steps.queue(parts, &step)?,
         }
         drop(frozen);
+        self.ask_for(context, num_results)
+    }
+
+    /// Queues a step up to the last layer: its tokens are chosen by [`Self::choose`], before another step is queued. After an error,
+    /// as of [`Self::launch`].
+    pub(super) fn launch_forward(
+        &mut self,
+        parts: &mut Parts<'_>,
+        input: &ForwardInput,
+        staging: &mut Staging,
+        form: Form,
+    ) -> Result<()> {
+        let context = parts.context;
+        let mut step = input.send(context, staging)?;
+        let _frozen = self.is_settled.then(|| context.freeze());
+        if let Form::Recorded(shape) = form {
+            step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
+            let steps = &mut self.steps;
+            let record = || context.capture(|| steps.forward(parts, &step));
+            if let Some(graph) = self.graphs.get(shape, Extent::Forward, record) {
+                match graph.launch() {
+                    // As in `launch_recorded`.
+                    Err(Error::OutOfMemory(_)) => {}
+                    launched => return launched,
+                }
+            }
+        }
+        self.steps.forward(parts, &step)
+    }
+
+    /// Queues the choice of a step's tokens, which rows of `masks` limit, and asks for what comes of the first `num_results` rows of
+    /// logits. All ranks make the same call.
+    pub(super) fn choose(
+        &mut self,
+        parts: &mut Parts<'_>,
+        input: &ForwardInput,
+        masks: &[u32],
+        num_results: usize,
+    ) -> Result<Readback> {
+        let context = parts.context;
+        let sampling = &input.sampling;
+        let arrays = [&*input.logit_rows, &sampling.rows, &sampling.slots, &sampling.biases, masks];
+        let [logit_rows, rows, slots, biases, masks] = self.choice_staging.send(context, arrays)?;
+        let words = parts.decoder.spec().vocab_size.div_ceil(32);
+        let masks = Some(masks.reshape(masks.cols() / words, words));
+        self.steps.choose(parts, Choice { logit_rows, rows, slots, biases, masks })?;
+        self.ask_for(context, num_results)
+    }
+
+    fn ask_for(&mut self, context: &Context, num_results: usize) -> Result<Readback> {
         let mut readback = self.readbacks.pop().expect("one for each step in flight");
         let sampled = self.steps.sampled.view().narrow_rows(0, num_results);
         readback.start(context, sampled.reshape(1, num_results * Sampled::WORDS))?;
@@ -180,7 +242,7 @@ impl DeviceState {
     fn launch_recorded(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>, shape: Shape) -> Result<()> {
         let (context, steps) = (parts.context, &mut self.steps);
         let record = || context.capture(|| steps.queue(parts, step));
-        if let Some(graph) = self.graphs.get(shape, record) {
+        if let Some(graph) = self.graphs.get(shape, Extent::Whole, record) {
             match graph.launch() {
                 // A driver may take memory for a graph when it is launched first; the operations themselves take none.
                 Err(Error::OutOfMemory(_)) => {}
@@ -194,7 +256,7 @@ impl DeviceState {
     pub(super) fn collect(
         &mut self,
         mut readback: Readback,
-        results: &mut Vec<Result<SampledToken, NotFinite>>,
+        results: &mut Vec<Result<SampledToken, NoToken>>,
     ) -> Result<()> {
         let rows = readback.wait()?.chunks_exact(Sampled::WORDS);
         results.extend(rows.map(|words| result(&Sampled::from_words(words))));
@@ -213,39 +275,71 @@ impl DeviceState {
     }
 }
 
+/// By what a step's tokens are chosen.
+#[derive(Clone, Copy)]
+struct Choice<'a> {
+    /// `[1, rows of logits]`.
+    logit_rows: View<'a>,
+    /// As of [`crate::decoder::SamplingInput`], each `[1, n]`.
+    rows: View<'a>,
+    slots: View<'a>,
+    biases: View<'a>,
+    /// See [`SamplingInput::masks`].
+    masks: Option<View<'a>>,
+}
+
 impl Steps {
     /// Queues all of a step.
     fn queue(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>) -> Result<()> {
+        self.forward(parts, step)?;
+        let choice = Choice {
+            logit_rows: step.logit_rows,
+            rows: step.sampling_rows,
+            slots: step.sampling_slots,
+            biases: step.biases,
+            masks: None,
+        };
+        self.choose(parts, choice)
+    }
+
+    /// Up to the last layer.
+    fn forward(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>) -> Result<()> {
         let Parts { context, decoder, communicator, cache } = parts;
         let mut ids = self.ids.view_mut().narrow_cols(0, step.token_ids.cols());
         resolve_ids(context, step.token_ids, self.last_tokens.view(), ids.reborrow())?;
         let resolved = step.with_token_ids(ids.as_view());
-        decoder.forward(context, &mut **communicator, &resolved, cache)?;
+        decoder.forward(context, &mut **communicator, &resolved, cache)
+    }
 
-        let num_rows = step.logit_rows.cols();
+    /// The rest: logits, and tokens by them.
+    fn choose(&mut self, parts: &mut Parts<'_>, choice: Choice<'_>) -> Result<()> {
+        let Parts { context, decoder, communicator, .. } = parts;
+        let num_rows = choice.logit_rows.cols();
         if num_rows == 0 {
             return Ok(());
         }
-        let rows = step.sampling_rows.reshape(num_rows, SamplingRow::WORDS);
+        let rows = choice.rows.reshape(num_rows, SamplingRow::WORDS);
         for first in (0..num_rows).step_by(self.max_logit_rows) {
             let len = self.max_logit_rows.min(num_rows - first);
-            let logit_rows = step.logit_rows.narrow_cols(first, len);
+            let logit_rows = choice.logit_rows.narrow_cols(first, len);
             let logits = decoder.logits(context, &mut **communicator, logit_rows)?;
             let rows = rows.narrow_rows(first, len);
-            let input = SamplingInput { logits, rows, biases: step.biases, masks: None };
+            let input = SamplingInput { logits, rows, biases: choice.biases, masks: choice.masks };
             let out = self.sampled.view_mut().narrow_rows(first, len);
             sample(context, &mut self.sampling, &input, Some(&self.counts), out)?;
         }
         let tokens = self.sampled.view().narrow_rows(0, num_rows);
-        let (slots, last_tokens) = (step.sampling_slots, self.last_tokens.view_mut());
+        let last_tokens = self.last_tokens.view_mut();
         let vocab_size = decoder.spec().vocab_size;
-        commit_tokens(context, tokens, slots, last_tokens, Some(&mut self.counts), vocab_size)
+        commit_tokens(context, tokens, choice.slots, last_tokens, Some(&mut self.counts), vocab_size)
     }
 }
 
-fn result(sampled: &Sampled) -> Result<SampledToken, NotFinite> {
-    if sampled.status != SampledStatus::Chosen || sampled.token_id == NONE {
-        return Err(NotFinite);
+fn result(sampled: &Sampled) -> Result<SampledToken, NoToken> {
+    match sampled.status {
+        SampledStatus::Chosen if sampled.token_id != NONE => {}
+        SampledStatus::NothingAllowed => return Err(NoToken::NothingAllowed),
+        _ => return Err(NoToken::NotFinite),
     }
     let top = sampled.top.iter().map(|&(token_id, logprob)| TokenLogprob { token_id, logprob });
     Ok(SampledToken { token_id: sampled.token_id, logprob: sampled.logprob, top: top.collect() })

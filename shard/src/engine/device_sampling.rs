@@ -1,6 +1,6 @@
 //! What a device must know to choose a sequence's tokens.
 
-use kernels::ops::sampling::{SamplingRow, TokenCounts};
+use kernels::ops::sampling::{NONE, SamplingRow, TokenCounts};
 use kernels::{Context, Result, Staging};
 use proto::v1::{NewSequence, SamplingParameters};
 
@@ -61,11 +61,12 @@ impl DeviceSampling {
         counts.recount(context, self.slot, prompt, generated)
     }
 
-    /// Appends the row of the token to choose at `position`, behind the known ones.
-    pub(super) fn push_choice(&self, position: usize, to: &mut SamplingInput) {
+    /// Appends the row of the token to choose at `position`, behind the known ones. `mask`: its grammar's row of masks.
+    pub(super) fn push_choice(&self, position: usize, mask: Option<u32>, to: &mut SamplingInput) {
         let biases = (to.biases.len() as u32 / 2, self.biases.len() as u32 / 2);
         to.biases.extend_from_slice(&self.biases);
-        let row = SamplingRow { position: position as u64, biases, ..self.row };
+        let mask = mask.unwrap_or(NONE);
+        let row = SamplingRow { position: position as u64, biases, mask, ..self.row };
         to.rows.extend_from_slice(&row.to_words());
         to.slots.push(self.slot);
     }
@@ -74,7 +75,7 @@ impl DeviceSampling {
     pub(super) fn push_known(&self, token: u32, to: &mut SamplingInput) {
         let row = SamplingRow { token, top_n: self.row.top_n, ..SamplingRow::default() };
         to.rows.extend_from_slice(&row.to_words());
-        to.slots.push(kernels::ops::sampling::NONE);
+        to.slots.push(NONE);
     }
 }
 
@@ -107,12 +108,12 @@ mod tests {
         let biased = SamplingParameters { logit_bias, ..neutral_parameters() };
         let mut input = SamplingInput::default();
         for slot in 0..2 {
-            DeviceSampling::new(slot, &biased, 0).push_choice(9, &mut input);
+            DeviceSampling::new(slot, &biased, 0).push_choice(9, (slot == 1).then_some(4), &mut input);
         }
         let pairs = [3, 0.5f32.to_bits(), 7, 1.25f32.to_bits()];
         assert_eq!(input.biases, [pairs, pairs].concat());
         assert_eq!(input.slots, [0, 1]);
-        let second = SamplingRow { position: 9, slot: 1, biases: (2, 2), ..SamplingRow::default() };
+        let second = SamplingRow { position: 9, slot: 1, biases: (2, 2), mask: 4, ..SamplingRow::default() };
         assert_eq!(input.rows[SamplingRow::WORDS..], second.to_words());
     }
 
@@ -124,6 +125,6 @@ mod tests {
         DeviceSampling::new(5, &parameters, 3).push_known(42, &mut input);
         let expected = SamplingRow { token: 42, top_n: 3, ..SamplingRow::default() };
         assert_eq!(input.rows, expected.to_words());
-        assert_eq!(input.slots, [kernels::ops::sampling::NONE]);
+        assert_eq!(input.slots, [NONE]);
     }
 }

@@ -20,6 +20,15 @@ pub(super) struct Shape {
     pub(super) max_blocks: usize,
 }
 
+/// How much of a step is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Extent {
+    /// All of it.
+    Whole,
+    /// Up to the last layer: what follows waits for masks.
+    Forward,
+}
+
 /// The graphs of one serving.
 pub(super) struct Graphs {
     /// Rows, ascending.
@@ -27,7 +36,7 @@ pub(super) struct Graphs {
     /// Blocks of the longest sequence.
     most_blocks: usize,
     /// Or why one could not be recorded.
-    recorded: HashMap<Shape, kernels::Result<Graph>>,
+    recorded: HashMap<(Shape, Extent), kernels::Result<Graph>>,
 }
 
 impl Graphs {
@@ -62,9 +71,10 @@ impl Graphs {
     pub(super) fn get(
         &mut self,
         shape: Shape,
+        extent: Extent,
         record: impl FnOnce() -> kernels::Result<Graph>,
     ) -> Option<&Graph> {
-        let recorded = self.recorded.entry(shape).or_insert_with(|| {
+        let recorded = self.recorded.entry((shape, extent)).or_insert_with(|| {
             record().inspect_err(|error| {
                 let Shape { rows, max_blocks } = shape;
                 tracing::warn!(rows, max_blocks, %error, "a decode step cannot be recorded as a CUDA graph");
@@ -118,7 +128,7 @@ mod tests {
                 tries += 1;
                 kernels::Context::cpu(1).capture(|| Ok::<_, kernels::Error>(()))
             };
-            assert!(graphs.get(shape, record).is_none());
+            assert!(graphs.get(shape, Extent::Whole, record).is_none());
         }
         assert_eq!(tries, 1);
     }

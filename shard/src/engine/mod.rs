@@ -4,12 +4,14 @@
 //! router sends only once, [`batch`] makes the flat input of the model, [`serving`] runs it on [`rank`] and answers, and
 //! [`chooser`] chooses tokens; on a GPU [`device`] does both. A step is launched, and later collected: on a GPU a step that
 //! has arrived is launched before the tokens of the one before are read, and decode steps are recorded ([`graphs`]). A step that
-//! memory does not suffice for is computed without some of its sequences ([`shortage`]).
+//! memory does not suffice for is computed without some of its sequences ([`shortage`]). Masks of grammars are computed on other
+//! threads meanwhile ([`grammars`]).
 
 mod batch;
 mod chooser;
 mod device;
 mod device_sampling;
+mod grammars;
 mod graphs;
 mod memory;
 mod rank;
@@ -23,7 +25,7 @@ mod verdicts;
 mod warmup;
 
 pub use step::{Engine, EngineOptions, Origin};
-pub(crate) use thread::{Answer, EngineEvents, EngineGone, EngineHandle, spawn};
+pub(crate) use thread::{Answer, EngineEvents, EngineGone, EngineHandle, Loaded, spawn};
 
 /// Tokens in one KV block. Large enough that attention reads contiguous memory and tables stay short, small enough
 /// that half a block wasted per sequence does not count.

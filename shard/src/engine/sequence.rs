@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 
+use grammar::GrammarId;
 use kernels::ops::embedding::LAST_TOKEN_OF;
 use kernels::ops::lora::NO_ADAPTER;
 use proto::v1::{FinishReason, NewSequence, StoppingParameters};
 
 use super::device_sampling::DeviceSampling;
+use super::grammars::Constraint;
 use crate::sampling::Sampler;
 
 /// All sequences that were admitted and not released, by `sequence_id`.
@@ -35,7 +37,18 @@ pub(super) struct Sequence {
     pub(super) left_out: bool,
     /// How its tokens are chosen, where a device does that.
     pub(super) on_device: Option<DeviceSampling>,
+    /// What its tokens are held to.
+    pub(super) grammar: Option<GrammarId>,
+    /// Its way through it, on rank 0.
+    pub(super) constraint: Option<Constraint>,
     stopping: StoppingParameters,
+}
+
+/// Whether a text is complete by its grammar, so that nothing can follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Complete {
+    Yes,
+    No,
 }
 
 impl Sequence {
@@ -56,6 +69,8 @@ impl Sequence {
             finished: false,
             left_out: false,
             on_device: None,
+            grammar: (new.grammar_id != 0).then_some(GrammarId(new.grammar_id)),
+            constraint: None,
             stopping: new.stopping.expect("validated: stopping is set"),
             token_ids: new.token_ids,
         }
@@ -85,12 +100,24 @@ impl Sequence {
             || self.len() - self.prompt_len >= self.stopping.max_new_tokens as usize
     }
 
-    /// Appends a token that a step has chosen, and says whether the sequence ends with it.
-    pub(super) fn push(&mut self, token_id: u32, eos_token_ids: &[u32]) -> FinishReason {
+    /// Whether the next token is the last one that it may have.
+    pub(super) fn ends_with_next(&self) -> bool {
+        self.token_ids.len() + 1 - self.prompt_len >= self.stopping.max_new_tokens as usize
+    }
+
+    /// Appends a token that a step has chosen, and says whether the sequence ends with it. `is_complete`: whether its grammar says
+    /// so.
+    pub(super) fn push(
+        &mut self,
+        token_id: u32,
+        is_complete: Complete,
+        eos_token_ids: &[u32],
+    ) -> FinishReason {
         self.num_pending = self.num_pending.saturating_sub(1);
         self.token_ids.push(token_id);
         self.sampler.push(token_id);
-        let reason = if !self.stopping.ignore_eos && eos_token_ids.contains(&token_id) {
+        let is_eos = !self.stopping.ignore_eos && eos_token_ids.contains(&token_id);
+        let reason = if is_eos || is_complete == Complete::Yes {
             FinishReason::Eos
         } else if self.token_ids.len() - self.prompt_len >= self.stopping.max_new_tokens as usize {
             FinishReason::Length
@@ -130,16 +157,22 @@ pub(super) mod tests {
 
     #[test]
     fn a_sequence_ends_with_an_eos_token_unless_it_is_ignored() {
-        assert_eq!(sequence(5, false, &[]).push(2, &[1, 2]), FinishReason::Eos);
-        assert_eq!(sequence(5, true, &[]).push(2, &[1, 2]), FinishReason::Unspecified);
-        assert_eq!(sequence(1, false, &[]).push(2, &[1, 2]), FinishReason::Eos);
-        assert_eq!(sequence(1, true, &[]).push(2, &[1, 2]), FinishReason::Length);
+        assert_eq!(sequence(5, false, &[]).push(2, Complete::No, &[1, 2]), FinishReason::Eos);
+        assert_eq!(sequence(5, true, &[]).push(2, Complete::No, &[1, 2]), FinishReason::Unspecified);
+        assert_eq!(sequence(1, false, &[]).push(2, Complete::No, &[1, 2]), FinishReason::Eos);
+        assert_eq!(sequence(1, true, &[]).push(2, Complete::No, &[1, 2]), FinishReason::Length);
+    }
+
+    #[test]
+    fn a_complete_text_ends_a_sequence_whatever_else_is_asked_for() {
+        assert_eq!(sequence(5, true, &[]).push(7, Complete::Yes, &[1]), FinishReason::Eos);
+        assert_eq!(sequence(1, true, &[]).push(7, Complete::Yes, &[1]), FinishReason::Eos);
     }
 
     #[test]
     fn tokens_generated_before_a_preemption_count_for_the_length() {
         let mut sequence = sequence(3, false, &[20, 21]);
-        assert_eq!(sequence.push(22, &[1]), FinishReason::Length);
+        assert_eq!(sequence.push(22, Complete::No, &[1]), FinishReason::Length);
         assert!(sequence.finished);
         assert_eq!(sequence.token_ids, [10, 11, 20, 21, 22]);
     }

@@ -1,8 +1,10 @@
 //! Steps on their way: from a validated `StepRequest` to its answer.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use grammar::GrammarId;
 use kernels::ops::lora::NO_ADAPTER;
 use kernels::{Place, Readback, Staging};
 use proto::v1::{FinishReason, NewSequence, SequenceOutput, StepRequest, StepResponse};
@@ -10,15 +12,16 @@ use proto::v1::{FinishReason, NewSequence, SequenceOutput, StepRequest, StepResp
 use super::batch::{Batch, LogitUse};
 use super::chooser::Chooser;
 use super::device::{DeviceState, Form, MAX_IN_FLIGHT, Parts, largest_decode, largest_prefill};
+use super::grammars::{Constraint, Grammars, MaskTimes, Standing};
 use super::graphs::Graphs;
 use super::rank::RankModel;
-use super::sequence::{Sequence, Sequences};
+use super::sequence::{Complete, Sequence, Sequences};
 use super::shortage::{LeftOut, Uncomputed, victims, without_memory};
 use super::validate::{Limits, StepValidator};
-use super::verdicts::{INVALID_LOGITS, NO_TOKEN, Verdicts};
+use super::verdicts::{GRAMMAR_FAILED, INVALID_LOGITS, IS_COMPLETE, NO_TOKEN, Verdicts};
 use crate::decoder::{ForwardInput, KvCache, SamplingInput, StepLimits};
 use crate::error::Error;
-use crate::sampling::{LogSoftmax, NotFinite};
+use crate::sampling::{LogSoftmax, NoToken};
 
 /// What `Warmup` makes.
 pub(super) struct Serving {
@@ -26,12 +29,16 @@ pub(super) struct Serving {
     pub(super) cache: KvCache,
     pub(super) sequences: Sequences,
     pub(super) validator: StepValidator,
+    /// On rank 0, where the model's tokens are known.
+    pub(super) grammars: Option<Arc<Grammars>>,
     staging: Staging,
     chooser: Chooser,
     /// What chooses tokens instead, on a GPU.
     device: Option<DeviceState>,
     verdicts: Verdicts,
     uncomputed: Uncomputed,
+    /// Those of a step, on their way to a device.
+    masks: Vec<u32>,
     in_flight: VecDeque<InFlight>,
     /// Batches whose buffers are used again.
     idle: Vec<Batch>,
@@ -47,6 +54,8 @@ struct InFlight {
     times: Times,
     /// What a device chooses.
     readback: Option<Readback>,
+    /// Whether the device is still to be told how to choose, since masks depend on tokens of the step before.
+    needs_masks: bool,
     /// What it released while other steps were in flight, which may still choose tokens of these.
     released: Vec<(u64, Sequence)>,
     /// What it was computed without, though it was to be in it.
@@ -58,6 +67,7 @@ struct InFlight {
 struct Times {
     forward: Duration,
     sample: Duration,
+    masks: MaskTimes,
 }
 
 impl Serving {
@@ -78,11 +88,13 @@ impl Serving {
             cache,
             sequences: Sequences::new(),
             validator: StepValidator::default(),
+            grammars: None,
             staging: ForwardInput::staging(context, &limits.step_limits())?,
             chooser: Chooser::new(context.num_threads()),
             device,
             verdicts: Verdicts::new(limits.max_step_sequences),
             uncomputed: Uncomputed::default(),
+            masks: Vec::new(),
             in_flight: VecDeque::new(),
             idle: Vec::new(),
             last_collected: None,
@@ -192,6 +204,7 @@ impl Serving {
     /// Where memory does not suffice for it, it is computed without some of its sequences, which end with it.
     pub(super) fn launch(&mut self, request: StepRequest, rank: &mut RankModel) -> Result<(), Error> {
         let started = Instant::now();
+        self.proceed(rank)?;
         let released = self.release(&request.release_sequence_ids);
         let admitted: Vec<u64> = request.admit.iter().map(|new| new.sequence_id).collect();
         let mut left_out = self.admit(request.admit, rank)?;
@@ -225,7 +238,53 @@ impl Serving {
             sequence.num_pending += usize::from(entry.samples);
         }
         let step_id = request.step_id;
-        self.in_flight.push_back(InFlight { step_id, batch, started, times, readback, released, left_out });
+        let needs_masks = self.device.is_some() && !batch.masked.is_empty();
+        self.in_flight.push_back(InFlight {
+            step_id,
+            batch,
+            started,
+            times,
+            readback,
+            needs_masks,
+            released,
+            left_out,
+        });
+        self.proceed(rank)
+    }
+
+    /// Tells the device how to choose the tokens of the oldest step in flight, if it is still to be told: all tokens before are
+    /// known, and the masks are there or soon will be. Meanwhile it computes the step. All ranks make the same calls.
+    pub(super) fn proceed(&mut self, rank: &mut RankModel) -> Result<(), Error> {
+        let Some(device) = &mut self.device else { return Ok(()) };
+        let Some(step) = self.in_flight.front_mut().filter(|step| step.needs_masks) else { return Ok(()) };
+        step.needs_masks = false;
+        let words = self.limits.vocab_size.div_ceil(32);
+        self.masks.clear();
+        // What has ended, or was released, may choose what it likes: nobody reads it.
+        self.masks.resize(step.batch.masked.len() * words, u32::MAX);
+        if rank.communicator.rank() == 0 {
+            let since = Instant::now();
+            let times = &mut step.times.masks;
+            for (sequence_id, row) in step.batch.masked.iter().zip(self.masks.chunks_exact_mut(words)) {
+                let sequence = self.sequences.get(sequence_id).filter(|sequence| !sequence.finished);
+                match sequence.and_then(|sequence| sequence.constraint.as_ref()).map(Constraint::mask) {
+                    Some(Ok(mask)) => {
+                        row.copy_from_slice(mask.words());
+                        times.add(mask.time());
+                    }
+                    // Nothing is allowed: the sequence has no token.
+                    Some(Err(_)) => row.fill(0),
+                    None => {}
+                }
+            }
+            times.waiting += since.elapsed();
+        }
+        if rank.communicator.world_size() > 1 {
+            rank.communicator.broadcast(&mut self.masks)?;
+        }
+        let mut parts = rank.parts(&mut self.cache);
+        let Batch { input, uses, .. } = &step.batch;
+        step.readback = Some(device.choose(&mut parts, input, &self.masks, uses.len())?);
         Ok(())
     }
 
@@ -250,7 +309,7 @@ impl Serving {
         let Some(device) = &mut self.device else { return self.compute(batch, rank, times).map(|()| None) };
         let readback = queue(device, batch, &mut self.staging, &mut rank.parts(&mut self.cache))?;
         rank.communicator.watch(true);
-        Ok(Some(readback))
+        Ok(readback)
     }
 
     /// Returns what steps in flight may still choose tokens of.
@@ -284,8 +343,16 @@ impl Serving {
                 tracing::warn!(%why, "memory does not suffice for a new sequence");
                 reason = Some(FinishReason::OutOfMemory);
             }
+            let constraint = (rank.communicator.rank() == 0 && new.grammar_id != 0).then(|| {
+                let generated = &new.token_ids[new.prompt_tokens as usize..];
+                match &self.grammars {
+                    Some(grammars) => grammars.follow(GrammarId(new.grammar_id), generated),
+                    None => Constraint::failed("this shard has no grammars".to_owned()),
+                }
+            });
             let (sequence_id, mut sequence) = (new.sequence_id, Sequence::new(new));
             sequence.on_device = on_device;
+            sequence.constraint = constraint;
             self.sequences.insert(sequence_id, sequence);
             left_out.extend(reason.map(|reason| self.leave_out(sequence_id, reason)));
         }
@@ -300,6 +367,9 @@ impl Serving {
         let Parts { context, decoder, communicator, cache } = rank.parts(&mut self.cache);
         decoder.forward(context, communicator, &step, cache)?;
         times.forward += started.elapsed();
+        if communicator.rank() == 0 {
+            times.masks = masks_of(batch, &self.sequences);
+        }
         // Pieces bound the memory of logits, whatever number of prompt tokens wants theirs.
         let piece_len = self.limits.max_logit_rows();
         let num_rows = batch.uses.len();
@@ -332,6 +402,7 @@ impl Serving {
     /// # Panics
     /// Where none is.
     pub(super) fn collect(&mut self, rank: &mut RankModel) -> Result<StepResponse, Error> {
+        self.proceed(rank)?;
         let InFlight { step_id, mut batch, started, mut times, readback, left_out, .. } =
             self.in_flight.pop_front().expect("launch comes before collect");
         if let (Some(device), Some(readback)) = (&mut self.device, readback) {
@@ -372,6 +443,9 @@ impl Serving {
             step_us,
             forward_us: times.forward.as_micros() as u64,
             sample_us: times.sample.as_micros() as u64,
+            num_masks: times.masks.num_masks,
+            mask_us: times.masks.computing.as_micros() as u64,
+            mask_wait_us: times.masks.waiting.as_micros() as u64,
         };
         self.idle.push(batch);
         Ok(response)
@@ -387,12 +461,50 @@ impl Serving {
             return Ok(Vec::new());
         }
         let mut outputs = gather(batch, self.verdicts.entries_mut());
+        if rank.communicator.rank() == 0 && !batch.masked.is_empty() {
+            self.tell_grammars(batch, &mut outputs);
+        }
         self.verdicts.share(step_id, batch.entries.len(), rank.communicator.as_mut())?;
         self.advance(batch, &mut outputs, &rank.model.eos_token_ids);
         outputs.retain(|output| {
             !output.tokens.is_empty() || !output.prompt_tokens.is_empty() || output.finish_reason != 0
         });
         Ok(outputs)
+    }
+
+    /// Grammars take up what was chosen, and say what ends with it.
+    fn tell_grammars(&mut self, batch: &Batch, outputs: &mut [SequenceOutput]) {
+        let verdicts = self.verdicts.entries_mut();
+        for (entry, verdict) in batch.entries.iter().zip(&*verdicts) {
+            let sequence = self.sequences.get_mut(&entry.sequence_id).filter(|sequence| !sequence.finished);
+            let Some(sequence) = sequence.filter(|_| is_token(*verdict)) else { continue };
+            let wants_mask = !sequence.ends_with_next();
+            if let Some(constraint) = &mut sequence.constraint {
+                constraint.advance(*verdict, wants_mask);
+            }
+        }
+        for ((entry, verdict), output) in batch.entries.iter().zip(verdicts).zip(outputs) {
+            let sequence = self.sequences.get(&entry.sequence_id).filter(|sequence| !sequence.finished);
+            let Some(constraint) = sequence.and_then(|sequence| sequence.constraint.as_ref()) else {
+                continue;
+            };
+            if !is_token(*verdict) && *verdict != GRAMMAR_FAILED {
+                continue;
+            }
+            match constraint.standing() {
+                Standing::Open if is_token(*verdict) => {}
+                Standing::Complete if is_token(*verdict) => *verdict |= IS_COMPLETE,
+                Standing::Failed(reason) => {
+                    *verdict = GRAMMAR_FAILED;
+                    output.tokens.clear();
+                    output.failure = reason;
+                }
+                Standing::Open | Standing::Complete => {
+                    "the model gives no probability to any token that the grammar allows"
+                        .clone_into(&mut output.failure);
+                }
+            }
+        }
     }
 
     /// Moves all sequences of the batch on by the verdicts, the same way on all ranks.
@@ -412,7 +524,14 @@ impl Serving {
                     sequence.finished = true;
                     FinishReason::InvalidLogits
                 }
-                token_id => sequence.push(token_id, eos_token_ids),
+                GRAMMAR_FAILED => {
+                    sequence.finished = true;
+                    FinishReason::Grammar
+                }
+                word => {
+                    let is_complete = if word & IS_COMPLETE == 0 { Complete::No } else { Complete::Yes };
+                    sequence.push(word & !IS_COMPLETE, is_complete, eos_token_ids)
+                }
             };
             output.finish_reason = reason.into();
         }
@@ -431,13 +550,36 @@ fn find<'a>(
     known.expect("released by no step before this one")
 }
 
-/// Hands a batch to the device.
+/// Waits for the masks of a batch's sequences, which threads compute since their last tokens are known.
+fn masks_of(batch: &Batch, sequences: &Sequences) -> MaskTimes {
+    let mut times = MaskTimes::default();
+    if batch.masked.is_empty() {
+        return times;
+    }
+    let since = Instant::now();
+    for sequence_id in &batch.masked {
+        let constraint = sequences.get(sequence_id).and_then(|sequence| sequence.constraint.as_ref());
+        // Who has none gets no token.
+        if let Some(Ok(mask)) = constraint.map(Constraint::mask) {
+            times.add(mask.time());
+        }
+    }
+    times.waiting = since.elapsed();
+    times
+}
+
+/// Whether a verdict that grammars have not seen is a token.
+fn is_token(verdict: u32) -> bool {
+    verdict & IS_COMPLETE == 0
+}
+
+/// Hands a batch to the device: all of it, or up to where its masks are needed.
 fn queue(
     device: &mut DeviceState,
     batch: &mut Batch,
     staging: &mut Staging,
     parts: &mut Parts<'_>,
-) -> Result<Readback, Error> {
+) -> Result<Option<Readback>, Error> {
     let num_results = batch.uses.len();
     let mut form = Form::Direct;
     if batch.is_decode_only()
@@ -447,7 +589,11 @@ fn queue(
         batch.input.pad(shape.rows);
         form = Form::Recorded(shape);
     }
-    Ok(device.launch(parts, &batch.input, staging, form, num_results)?)
+    if batch.masked.is_empty() {
+        return Ok(Some(device.launch(parts, &batch.input, staging, form, num_results)?));
+    }
+    device.launch_forward(parts, &batch.input, staging, form)?;
+    Ok(None)
 }
 
 /// Gathers by entry what was chosen by row, and notes the verdict on each entry.
@@ -459,14 +605,20 @@ fn gather(batch: &mut Batch, verdicts: &mut [u32]) -> Vec<SequenceOutput> {
     for (result, logit_use) in results.drain(..).zip(uses) {
         match (result, *logit_use) {
             (Ok(token), LogitUse::Sample { entry }) => {
-                if verdicts[entry] != INVALID_LOGITS {
+                if verdicts[entry] == NO_TOKEN {
                     verdicts[entry] = token.token_id;
                     outputs[entry].tokens.push(token);
                 }
             }
             (Ok(token), LogitUse::PromptToken { entry, .. }) => outputs[entry].prompt_tokens.push(token),
-            (Err(NotFinite), LogitUse::Sample { entry } | LogitUse::PromptToken { entry, .. }) => {
+            (Err(NoToken::NotFinite), LogitUse::Sample { entry } | LogitUse::PromptToken { entry, .. }) => {
                 verdicts[entry] = INVALID_LOGITS;
+            }
+            (
+                Err(NoToken::NothingAllowed),
+                LogitUse::Sample { entry } | LogitUse::PromptToken { entry, .. },
+            ) => {
+                verdicts[entry] = GRAMMAR_FAILED;
             }
         }
     }

@@ -1,10 +1,15 @@
 //! The engine: from a `StepRequest` to its `StepResponse`.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use grammar::Compiler;
 use kernels::{Communicator, Context, Place};
 use proto::v1::{InfoResponse, StepRequest, StepResponse, WarmupRequest, WarmupResponse};
 
 use super::BLOCK_SIZE_TOKENS;
 use super::device::device_limits;
+use super::grammars::Grammars;
 use super::rank::RankModel;
 use super::serving::Serving;
 use super::validate::{Limits, check_warmup};
@@ -20,6 +25,8 @@ pub struct Engine {
     serving: Option<Serving>,
     run: RunState,
     options: EngineOptions,
+    /// On rank 0, where the model's tokens are known.
+    grammars: Option<Arc<Grammars>>,
 }
 
 /// What a GPU is used with.
@@ -62,13 +69,35 @@ impl Engine {
     /// loaded for.
     pub fn new(model: Model, context: Context, communicator: Box<dyn Communicator>) -> Self {
         let rank = RankModel { model, context, communicator };
-        Self { rank, serving: None, run: RunState::default(), options: EngineOptions::default() }
+        Self {
+            rank,
+            serving: None,
+            run: RunState::default(),
+            options: EngineOptions::default(),
+            grammars: None,
+        }
     }
 
     /// With other options than the default ones.
     #[must_use]
     pub fn with_options(self, options: EngineOptions) -> Self {
         Self { options, ..self }
+    }
+
+    /// With grammars over the tokens of this `tokenizer.json`. It is read later, on another thread; on other ranks than the
+    /// first, which choose no tokens, it is not.
+    pub fn with_grammars(self, tokenizer_json: &Path) -> std::io::Result<Self> {
+        if self.rank.communicator.rank() != 0 {
+            return Ok(self);
+        }
+        let Model { decoder, eos_token_ids, .. } = &self.rank.model;
+        let grammars = Grammars::new(tokenizer_json, decoder.spec().vocab_size, eos_token_ids)?;
+        Ok(Self { grammars: Some(Arc::new(grammars)), ..self })
+    }
+
+    /// What compiles the grammars that sequences are held to; none where there are no grammars.
+    pub fn compiler(&self) -> Option<&Arc<Compiler>> {
+        self.grammars.as_ref().map(|grammars| grammars.compiler())
     }
 
     /// What this shard serves.
@@ -89,6 +118,7 @@ impl Engine {
             Place::Device => self.warmup_on_gpu(request).map_err(Error::of_warmup),
         };
         let mut serving = warmed_up?;
+        serving.grammars.clone_from(&self.grammars);
         serving.try_out(&mut self.rank)?;
         let workspace_bytes = self.rank.model.decoder.workspace_bytes() + serving.workspace_bytes();
         let response = WarmupResponse {
@@ -209,6 +239,12 @@ impl Engine {
     /// Where none is in flight.
     pub fn collect(&mut self) -> Result<StepResponse, Error> {
         self.serving.as_mut().expect("launched, so warmed up").collect(&mut self.rank)
+    }
+
+    /// Goes on with a step in flight that waited for the tokens of the one before it, which were collected. Any error is
+    /// fatal.
+    pub fn proceed(&mut self) -> Result<(), Error> {
+        self.serving.as_mut().map_or(Ok(()), |serving| serving.proceed(&mut self.rank))
     }
 
     /// Steps that were launched and not collected.

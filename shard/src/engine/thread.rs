@@ -1,8 +1,10 @@
 //! The one thread that the engine lives on, and how the service talks to it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
+use grammar::Compiler;
 use proto::v1::{InfoResponse, StepRequest, StepResponse, WarmupRequest, WarmupResponse};
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,10 +28,19 @@ pub(crate) struct EngineGone;
 /// An engine's answer.
 pub(crate) type Answer<T> = oneshot::Receiver<Result<T, Error>>;
 
+/// What there is once the model is loaded.
+#[derive(Clone)]
+pub(crate) struct Loaded {
+    /// What is served.
+    pub(crate) info: InfoResponse,
+    /// What compiles grammars, on rank 0.
+    pub(crate) compiler: Option<Arc<Compiler>>,
+}
+
 /// What becomes of an engine thread.
 pub(crate) struct EngineEvents {
     /// Comes when the model is loaded.
-    pub(crate) loaded: oneshot::Receiver<InfoResponse>,
+    pub(crate) loaded: oneshot::Receiver<Loaded>,
     /// Comes when the thread ends; dropped where it panics.
     pub(crate) ended: oneshot::Receiver<anyhow::Result<()>>,
 }
@@ -53,7 +64,7 @@ pub(crate) fn spawn(
     std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let outcome = load().and_then(|engine| {
             // Whoever waited may have given up; the engine serves nevertheless.
-            let _ = loaded_sender.send(engine.info());
+            let _ = loaded_sender.send(Loaded { info: engine.info(), compiler: engine.compiler().cloned() });
             serve(engine, receiver)
         });
         let _ = ended_sender.send(outcome);
@@ -121,6 +132,7 @@ fn serve(mut engine: Engine, mut commands: mpsc::Receiver<Command>) -> anyhow::R
             None if !engine.has_room() || engine.is_done()? => {
                 if let Some(reply) = replies.pop_front() {
                     answer(reply, engine.collect())?;
+                    engine.proceed()?;
                 }
             }
             None => std::thread::sleep(PAUSE),

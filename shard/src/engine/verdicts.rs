@@ -12,6 +12,9 @@ pub(super) struct Verdicts {
 /// What rank 0 says about an entry where it is not a token id.
 pub(super) const NO_TOKEN: u32 = u32::MAX - 1;
 pub(super) const INVALID_LOGITS: u32 = u32::MAX;
+pub(super) const GRAMMAR_FAILED: u32 = u32::MAX - 2;
+/// Added to a token with which the text is complete by its grammar.
+pub(super) const IS_COMPLETE: u32 = 1 << 31;
 /// Step id (its lower half) and number of entries, by which ranks notice that they compute different steps.
 const HEAD_LEN: usize = 2;
 

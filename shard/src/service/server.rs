@@ -7,7 +7,6 @@ use anyhow::{Context as _, bail, ensure};
 use kernels::collective::{Local, MeetingPlace, SharedMemory, join_gpus};
 use kernels::{Communicator, Context, Place};
 use proto::client::MAX_MESSAGE_BYTES;
-use proto::v1::InfoResponse;
 use proto::v1::shard_server::ShardServer;
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -23,7 +22,7 @@ use super::shard::ShardService;
 use super::socket::Socket;
 use crate::config::{ShardConfig, ShardPlacement};
 use crate::device;
-use crate::engine::{Engine, EngineEvents, EngineHandle, EngineOptions, spawn};
+use crate::engine::{Engine, EngineEvents, EngineHandle, EngineOptions, Loaded, spawn};
 use crate::models::{self, LoadOptions};
 use crate::weights::Partition;
 
@@ -124,7 +123,12 @@ fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engi
     if let Some(sizes) = &config.cuda_graphs {
         options.graph_sizes.clone_from(sizes);
     }
-    Ok(Engine::new(model, context, communicator).with_options(options))
+    let engine = Engine::new(model, context, communicator).with_options(options);
+    let tokenizer_json = model_dir.join("tokenizer.json");
+    if !tokenizer_json.exists() {
+        return Ok(engine);
+    }
+    engine.with_grammars(&tokenizer_json).context("starting threads for grammars")
 }
 
 /// Meets the other ranks: those of one host in a file, those of several at the first one's address.
@@ -160,7 +164,7 @@ fn default_threads(world_size: usize) -> usize {
 /// Reports the engine's progress; returns when it has ended.
 async fn follow(
     events: EngineEvents,
-    info: watch::Sender<Option<InfoResponse>>,
+    info: watch::Sender<Option<Loaded>>,
     health: &HealthReporter,
 ) -> anyhow::Result<()> {
     if let Ok(loaded) = events.loaded.await {
@@ -175,7 +179,7 @@ async fn follow(
 
 async fn services(
     engine: EngineHandle,
-    info: watch::Receiver<Option<InfoResponse>>,
+    info: watch::Receiver<Option<Loaded>>,
 ) -> anyhow::Result<(HealthReporter, Router)> {
     let (reporter, health) = tonic_health::server::health_reporter();
     set_health(&reporter, ServingStatus::NotServing).await;

@@ -11,7 +11,9 @@ use shard::models::{self, LoadOptions};
 use shard::{Error, KvCacheDtype, LoraAdapter};
 
 use crate::checkpoints::{llama, llama_with_broken_token};
-use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, prompt, request, unequal_requests};
+use crate::driver::{
+    Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, prepared, prompt, request, schema, unequal_requests,
+};
 
 /// Of log-probabilities: f32 against f32 in another order of summation, on both sides.
 const TOLERANCE: f32 = 5e-4;
@@ -90,7 +92,7 @@ fn content(answers: Vec<StepResponse>) -> (Vec<StepResponse>, Vec<f32>) {
                 logprobs.extend(token.top.iter_mut().map(|top| std::mem::take(&mut top.logprob)));
             }
         }
-        StepResponse { step_us: 0, forward_us: 0, sample_us: 0, ..answer }
+        StepResponse { step_us: 0, forward_us: 0, sample_us: 0, mask_us: 0, mask_wait_us: 0, ..answer }
     });
     (answers.collect(), logprobs)
 }
@@ -191,6 +193,95 @@ fn a_gpu_says_what_it_is_and_what_it_cannot_do() {
     assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
     assert!(!error.is_fatal());
     engine.warmup(&WARMUP).unwrap();
+}
+
+/// As [`on_gpu`], with grammars; and the ids of a schema's and a regex's.
+fn with_grammars(context: Context, graph_sizes: &[usize]) -> (Engine, u64, u64) {
+    let engine = cold(&llama(), context, graph_sizes, LoadOptions::default());
+    let mut engine = engine.with_grammars(&llama().join("tokenizer.json")).unwrap();
+    engine.warmup(&WARMUP).unwrap();
+    let compiler = engine.compiler().unwrap();
+    let schema = prepared(compiler, schema());
+    let regex = prepared(compiler, grammar::Source::regex("[a-z]{2,9}"));
+    (engine, schema, regex)
+}
+
+/// Held to grammars and not, in one batch; the second ends in the middle, and nobody knows while the next step is launched.
+fn mixed_requests(schema: u64, regex: u64) -> Vec<NewSequence> {
+    let mut requests = unequal_requests();
+    requests.truncate(4);
+    for (request, grammar_id) in requests.iter_mut().zip([schema, regex, 0, schema]) {
+        request.grammar_id = grammar_id;
+        let ignore_eos = request.stopping.unwrap().ignore_eos;
+        request.stopping = Some(StoppingParameters { max_new_tokens: 24, ignore_eos });
+    }
+    requests
+}
+
+#[test]
+fn texts_that_are_held_to_grammars_are_those_of_the_cpu_with_and_without_graphs() {
+    let (mut cpu, schema, regex) = with_grammars(Context::cpu(2), &[]);
+    let expected = run(&mut cpu, &mixed_requests(schema, regex), WHOLE_PROMPTS);
+    assert_eq!(expected[1].finish_reason(), FinishReason::Eos);
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let (mut engine, schema, regex) = with_grammars(Context::cuda(0, 1).unwrap(), graph_sizes);
+        let found = run(&mut engine, &mixed_requests(schema, regex), WHOLE_PROMPTS);
+        assert_eq!(token_ids(&found), token_ids(&expected), "graphs for {graph_sizes:?}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found.finish_reason, expected.finish_reason);
+            for (found, expected) in found.tokens.iter().zip(&expected.tokens) {
+                assert!((found.logprob - expected.logprob).abs() < TOLERANCE, "{found:?} {expected:?}");
+            }
+        }
+        // A chunk with log-probabilities of its prompt has more rows of logits than are computed at once.
+        let asked = NewSequence { prompt_logprobs: true, ..mixed_requests(schema, regex).remove(3) };
+        let whole = run(&mut engine, std::slice::from_ref(&asked), WHOLE_PROMPTS).remove(0);
+        assert_eq!(whole.token_ids(), expected[3].token_ids());
+        assert_eq!(whole.prompt_tokens.len(), asked.token_ids.len() - 1);
+    }
+}
+
+#[test]
+fn running_ahead_with_grammars_gives_the_same_answers_as_one_step_at_a_time() {
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let (mut engine, schema, regex) = with_grammars(Context::cuda(0, 1).unwrap(), graph_sizes);
+        let (steps, expected) = recorded_steps(&mut engine, &mixed_requests(schema, regex));
+        for proceeds in [false, true] {
+            engine.end_run();
+            let mut answers = Vec::new();
+            for step in steps.clone() {
+                if !engine.has_room() {
+                    answers.push(engine.collect().unwrap());
+                    if proceeds {
+                        engine.proceed().unwrap();
+                    }
+                }
+                engine.launch(step, Origin::Run).unwrap();
+            }
+            while engine.num_in_flight() > 0 {
+                answers.push(engine.collect().unwrap());
+            }
+            let ((answers, _), (expected, _)) = (content(answers), content(expected.clone()));
+            for (found, expected) in answers.into_iter().zip(expected) {
+                // A sequence that has ended is masked no more, or masked for nobody.
+                let num_masks = found.num_masks;
+                let expected = StepResponse { num_masks, ..expected };
+                assert_eq!(found, expected, "graphs for {graph_sizes:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_grammar_that_is_not_known_fails_its_sequence_and_no_other_on_a_gpu() {
+    let (mut engine, schema, regex) = with_grammars(Context::cuda(0, 1).unwrap(), &[1, 2, 4]);
+    let mut requests = mixed_requests(schema, regex);
+    let expected = run(&mut engine, &requests, WHOLE_PROMPTS);
+    requests[0].grammar_id = 999_999;
+    let found = run(&mut engine, &requests, WHOLE_PROMPTS);
+    assert_eq!(found[0].finish_reason(), FinishReason::Grammar);
+    assert_eq!(found[0].token_ids(), [0u32; 0]);
+    assert_eq!(token_ids(&found)[1..], token_ids(&expected)[1..]);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod checkpoints;
 #[cfg(test)]
 #[path = "../serving/driver.rs"]
+#[expect(dead_code, reason = "shared with the tests on the CPU, which use more of it")]
 mod driver;
 #[cfg(test)]
 mod engine;

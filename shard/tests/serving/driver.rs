@@ -1,5 +1,8 @@
 //! A router in small: turns requests into steps, giving blocks as they are needed.
 
+use std::sync::mpsc;
+
+use grammar::{Compiler, GrammarId, Source};
 use proto::v1::{
     FinishReason, NewSequence, SampledToken, SamplingParameters, ScheduledSequence, StepRequest,
     StepResponse, StoppingParameters, WarmupRequest,
@@ -64,6 +67,34 @@ pub(crate) fn unequal_requests() -> Vec<NewSequence> {
         request.stopping = Some(StoppingParameters { max_new_tokens, ignore_eos: true });
     }
     requests
+}
+
+const SCHEMA: &str = r#"{"type":"object","properties":{
+    "name":{"type":"string","maxLength":8},"age":{"type":"integer","minimum":0,"maximum":99},"tags":{"type":"array","items":{"enum":["x","y"]},"maxItems":2}},
+    "required":["name","age","tags"],"additionalProperties":false}"#;
+
+/// The id of a grammar, compiled.
+pub(crate) fn prepared(compiler: &Compiler, source: Source) -> u64 {
+    let (sender, receiver) = mpsc::channel();
+    compiler.compile(source, Box::new(move |outcome| sender.send(outcome).unwrap())).unwrap();
+    let GrammarId(id) = receiver.recv().unwrap().unwrap();
+    id
+}
+
+/// Objects of three properties.
+pub(crate) fn schema() -> Source {
+    Source::json_schema(&serde_json::from_str(SCHEMA).unwrap())
+}
+
+/// Random choice, so that a model of random weights leaves a grammar as soon as it may.
+pub(crate) fn constrained(sequence_id: u64, grammar_id: u64, max_new_tokens: u32) -> NewSequence {
+    let seed = sequence_id;
+    NewSequence {
+        sampling: Some(SamplingParameters { temperature: 1.0, seed, ..greedy() }),
+        stopping: Some(StoppingParameters { max_new_tokens, ignore_eos: sequence_id % 2 == 0 }),
+        grammar_id,
+        ..request(sequence_id, &prompt(sequence_id as u32, 7))
+    }
 }
 
 /// What came of one request.

@@ -8,6 +8,8 @@ mod driver;
 #[cfg(test)]
 mod engine;
 #[cfg(test)]
+mod grammars;
+#[cfg(test)]
 mod ranks;
 #[cfg(test)]
 mod service;

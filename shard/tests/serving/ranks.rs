@@ -12,7 +12,10 @@ use shard::models::{self, LoadOptions};
 use shard::weights::Partition;
 
 use crate::checkpoints::llama;
-use crate::driver::{Outcome, Plan, WARMUP, WHOLE_PROMPTS, generate, request, unequal_requests};
+use crate::driver::{
+    Outcome, Plan, WARMUP, WHOLE_PROMPTS, constrained, generate, prepared, request, schema, unequal_requests,
+};
+use crate::grammars;
 
 /// Messages do not depend on answers, so that each rank gets the same from its own driver.
 const BLIND: Plan = Plan { blind: true, ..WHOLE_PROMPTS };
@@ -60,6 +63,29 @@ fn two_ranks_choose_the_same_tokens_as_one_and_rank_0_reports_them() {
         }
     }
     assert!(second.iter().all(|outcome| outcome.tokens.is_empty() && outcome.prompt_tokens.is_empty()));
+}
+
+#[test]
+fn rank_0_follows_grammars_and_the_others_follow_rank_0() {
+    let requests = |id| [constrained(1, id, 60), constrained(2, id, 60), request(3, &[5, 6, 7])];
+    let mut alone = grammars::engine();
+    let id = prepared(alone.compiler().unwrap(), schema());
+    let expected = tokens(&mut alone, &requests(id));
+    let [first, second] = on_both(|rank, engine| {
+        let mut engine = engine.with_grammars(&llama().join("tokenizer.json")).unwrap();
+        engine.warmup(&WARMUP).unwrap();
+        assert_eq!(engine.compiler().is_some(), rank == 0);
+        let id = engine.compiler().map_or(1, |compiler| prepared(compiler, schema()));
+        tokens(&mut engine, &requests(id))
+    });
+    for (outcome, expected) in first.iter().zip(&expected) {
+        assert_eq!(outcome.token_ids(), expected.token_ids());
+        assert_eq!(outcome.finish_reason, expected.finish_reason);
+    }
+    // The others end sequences in the same steps.
+    let skipped = |outcomes: &[Outcome]| outcomes.iter().map(|one| one.num_skipped).collect::<Vec<_>>();
+    assert_eq!(skipped(&second), skipped(&first));
+    assert!(first.iter().any(|outcome| outcome.num_skipped > 0));
 }
 
 #[test]

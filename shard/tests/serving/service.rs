@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use proto::client::{ShardAddress, connect, shard_client};
 use proto::v1::shard_client::ShardClient;
-use proto::v1::{InfoRequest, ScheduledSequence, StepRequest, StepResponse};
+use proto::v1::{
+    GrammarKind, InfoRequest, PrepareGrammarRequest, ScheduledSequence, StepRequest, StepResponse,
+};
 use shard::{ShardConfig, ShardPlacement, service};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
@@ -18,7 +20,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::checkpoints::llama;
+use crate::checkpoints::{llama, llama_with_broken_token};
 use crate::driver::{WARMUP, prompt, request};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -353,4 +355,49 @@ async fn both_versions_of_reflection_list_all_services() {
     assert_eq!(listed_by!(v1), expected);
     assert_eq!(listed_by!(v1alpha), expected);
     served.stop().await;
+}
+
+#[tokio::test]
+async fn a_grammar_is_prepared_beside_an_open_stream_and_a_wrong_one_is_refused_with_its_reason() {
+    let (served, mut client) = Served::start().await;
+    client.warmup(WARMUP).await.unwrap();
+    let (_steps, requests) = mpsc::channel::<StepRequest>(1);
+    let _answers = client.run(ReceiverStream::new(requests)).await.unwrap();
+    let prepare = |kind: GrammarKind, text: &str| {
+        let mut client = client.clone();
+        let request = PrepareGrammarRequest { kind: kind.into(), text: text.to_owned() };
+        async move { client.prepare_grammar(request).await.map(|response| response.into_inner().grammar_id) }
+    };
+    let id = prepare(GrammarKind::Regex, "[a-z]+").await.unwrap();
+    assert_ne!(id, 0);
+    assert_eq!(prepare(GrammarKind::Regex, "[a-z]+").await.unwrap(), id);
+    assert_ne!(prepare(GrammarKind::JsonSchema, "{}").await.unwrap(), id);
+    let refused = [
+        (GrammarKind::Unspecified, "{}", "kind"),
+        (GrammarKind::JsonSchema, "{", "not JSON"),
+        (GrammarKind::JsonSchema, r#"{"properties": {"a": {"not": {}}}}"#, "`not` at /properties/a"),
+        (GrammarKind::Regex, "", "empty"),
+    ];
+    for (kind, text, part) in refused {
+        let status = prepare(kind, text).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(part), "{part:?} is not in {status}");
+    }
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_model_directory_without_a_tokenizer_has_no_grammars() {
+    let model = llama_with_broken_token(300);
+    let dir = tempfile::tempdir().unwrap();
+    let placement = ShardPlacement { model_dir: model.path().to_owned(), ..placement(dir.path(), 0, 1) };
+    let (stop, ended) = start(placement);
+    let channel = channel(&dir.path().join("shard-0")).await;
+    wait_for(&channel, ServingStatus::Serving).await;
+    let request = PrepareGrammarRequest { kind: GrammarKind::Regex.into(), text: "a".to_owned() };
+    let status = shard_client(channel).prepare_grammar(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("tokenizer.json"), "{status}");
+    stop.send(()).unwrap();
+    ended.await.unwrap().unwrap();
 }

@@ -29,14 +29,8 @@ async fn errors_have_their_status_and_the_apis_form() {
     check(chats, &chat(&json!({"max_tokens": 1000})), bad, "1000").await;
     check(chats, &chat(&json!({"stream_options": {}})), bad, "`stream_options`").await;
     check(chats, &chat(&json!({"logit_bias": {"x": 1}})), bad, "`logit_bias`").await;
-    check(
-        chats,
-        &chat(&json!({"response_format": {"type": "json_object"}})),
-        unprocessable,
-        "not available yet",
-    )
-    .await;
-    check(chats, &chat(&json!({"tool_choice": "required"})), unprocessable, "grammar-constrained").await;
+    check(chats, &chat(&json!({"response_format": {"type": "xml"}})), bad, "`response_format`").await;
+    check(chats, &chat(&json!({"tool_choice": "required"})), unprocessable, "`tool_choice`").await;
     check(chats, &chat(&json!({"grammar": {}})), unprocessable, "`grammar`").await;
     check(chats, &chat(&json!({"best_of": 2})), unprocessable, "`best_of`").await;
     let texts = "/v1/completions";

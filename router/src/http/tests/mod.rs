@@ -2,6 +2,7 @@
 
 mod adapters;
 mod errors;
+mod grammars;
 mod openai;
 mod serving;
 mod standing;
@@ -14,7 +15,9 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Body;
 use clap::Parser;
+use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
+use grammar::{GrammarId, Source};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use proto::units::TokenId;
@@ -28,6 +31,7 @@ use crate::scheduler::{
     DataType, Device, EndReason, Failure, Sampling, ServingInfo, Status, SubmitError, Token, TokenEvent,
     TokenRequest,
 };
+use crate::shards::GrammarError;
 use crate::stream::TokenEvents;
 use crate::text::tokenizer::tests::byte_level;
 use crate::validate::tests::validator;
@@ -41,6 +45,8 @@ struct Script {
     submitted: Mutex<Vec<TokenRequest>>,
     refusal: Option<SubmitError>,
     status: Option<Status>,
+    prepared: Mutex<Vec<Source>>,
+    grammars: Option<Result<GrammarId, GrammarError>>,
 }
 
 struct Scripted(Arc<Script>);
@@ -62,6 +68,12 @@ impl Backend for Scripted {
 
     fn status(&self) -> Status {
         self.0.status.clone().unwrap_or(Status::Ready)
+    }
+
+    fn prepare(&self, source: Source) -> BoxFuture<'static, Result<GrammarId, GrammarError>> {
+        let answer = self.0.grammars.clone().unwrap_or(Ok(GrammarId(7)));
+        self.0.prepared.lock().unwrap().push(source);
+        Box::pin(async move { answer })
     }
 }
 

@@ -72,6 +72,9 @@ async fn a_client_that_goes_away_lets_go_of_its_sequence() {
         fn status(&self) -> Status {
             Status::Ready
         }
+        fn prepare(&self, _: Source) -> BoxFuture<'static, Result<GrammarId, GrammarError>> {
+            unreachable!("no request has a grammar")
+        }
     }
     let dropped = Arc::default();
     let fixture = starting();

@@ -51,6 +51,7 @@ pub(super) fn request(first: u32, prompt_tokens: usize, max_new_tokens: u32) -> 
         ignore_eos: true,
         top_n_tokens: 1,
         prompt_logprobs: false,
+        grammar: None,
         standing: Standing::default(),
         cache_namespace: CacheNamespace::default(),
     }

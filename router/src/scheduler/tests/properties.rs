@@ -65,6 +65,7 @@ fn token_request() -> impl Strategy<Value = TokenRequest> {
                 ignore_eos,
                 top_n_tokens: 1,
                 prompt_logprobs,
+                grammar: None,
                 standing: Standing { priority, account: account.map(Into::into), timeout: None },
                 cache_namespace: CacheNamespace { adapter: None, salt: salt.map(Into::into) },
             }

@@ -1,7 +1,8 @@
 //! What each token adds to a text, looked up instead of decoded: a decoder of the `tokenizers` library puts strings
 //! together anew for each token of each stream, and that would be most of the router's work.
 //!
-//! This serves the two decoders that nearly all language models have. Others are decoded ([`super::detokenizer`]).
+//! This serves the two decoders that nearly all language models have. With others, texts are decoded by that library, and no grammar
+//! can be enforced.
 
 use serde_json::{Value, json};
 
@@ -10,7 +11,7 @@ const MAX_TOKENS: u32 = 4_000_000;
 
 /// What a token is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Piece<'a> {
+pub enum Piece<'a> {
     /// Bytes of text, which need not be whole characters.
     Bytes(&'a [u8]),
     /// One byte of a character that the vocabulary lacks. Bytes in a row are text only if all together are valid.
@@ -18,7 +19,7 @@ pub(crate) enum Piece<'a> {
 }
 
 /// Pieces of all tokens.
-pub(crate) struct Pieces {
+pub struct Pieces {
     style: Style,
     bytes: Vec<u8>,
     /// Where each token's bytes end; they begin where those of the token before end.
@@ -39,11 +40,7 @@ enum Style {
 
 impl Pieces {
     /// The pieces of a tokenizer with this decoder and these tokens, if both are of a kind that is known.
-    pub(super) fn new(
-        decoder: &Value,
-        last_token: u32,
-        piece: impl Fn(u32) -> Option<String>,
-    ) -> Option<Self> {
+    pub fn new(decoder: &Value, last_token: u32, piece: impl Fn(u32) -> Option<String>) -> Option<Self> {
         let style = Style::of(decoder)?;
         if last_token > MAX_TOKENS {
             return None;
@@ -65,7 +62,7 @@ impl Pieces {
     }
 
     /// A token's piece; empty for an id outside of the vocabulary.
-    pub(crate) fn get(&self, id: u32) -> Piece<'_> {
+    pub fn get(&self, id: u32) -> Piece<'_> {
         let at = id as usize;
         let Some(&end) = self.ends.get(at) else { return Piece::Bytes(&[]) };
         let start = if at == 0 { 0 } else { self.ends[at - 1] };
@@ -77,7 +74,7 @@ impl Pieces {
     }
 
     /// Whether a text loses a space at its beginning.
-    pub(crate) fn strips_space(&self) -> bool {
+    pub fn strips_space(&self) -> bool {
         self.style == Style::ByteFallback { strips_space: true }
     }
 }
@@ -112,7 +109,7 @@ fn fallback_byte(piece: &[u8]) -> Option<u8> {
 
 /// Inverse of GPT-2's `bytes_to_unicode`: printable Latin-1 stands for itself, the other bytes were moved in order to
 /// U+0100 and up. None for a character outside of this table.
-pub(super) fn byte_of_char(character: char) -> Option<u8> {
+pub fn byte_of_char(character: char) -> Option<u8> {
     let code = u32::from(character);
     let byte = match code {
         0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => code,
