@@ -74,14 +74,11 @@ fn byte_fallback() -> String {
     for byte in 0..=255u16 {
         write!(vocab, r#""<0x{byte:02X}>":{},"#, byte + 3).expect("a string takes all");
     }
-    let mut next = 259;
-    for piece in (' '..='~')
-        .map(String::from)
-        .chain(["é", "▁", "▁a", "\":", "▁\"", "true", "null", "▁{"].map(String::from))
-    {
+    let pieces = (' '..='~').map(String::from);
+    let others = ["é", "▁", "▁a", "\":", "▁\"", "true", "null", "▁{"].map(String::from);
+    for (id, piece) in (259..).zip(pieces.chain(others)) {
         let piece = piece.replace(' ', "▁▁");
-        write!(vocab, "{}:{next},", json!(piece)).expect("a string takes all");
-        next += 1;
+        write!(vocab, "{}:{id},", json!(piece)).expect("a string takes all");
     }
     vocab.pop();
     let merges = r#"["▁ ▁","▁ a","\" :","▁ \"","▁ {"]"#;
