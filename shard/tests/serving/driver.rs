@@ -91,7 +91,7 @@ pub(crate) fn constrained(sequence_id: u64, grammar_id: u64, max_new_tokens: u32
     let seed = sequence_id;
     NewSequence {
         sampling: Some(SamplingParameters { temperature: 1.0, seed, ..greedy() }),
-        stopping: Some(StoppingParameters { max_new_tokens, ignore_eos: sequence_id % 2 == 0 }),
+        stopping: Some(StoppingParameters { max_new_tokens, ignore_eos: sequence_id.is_multiple_of(2) }),
         grammar_id,
         ..request(sequence_id, &prompt(sequence_id as u32, 7))
     }

@@ -49,16 +49,16 @@ async fn what_cannot_be_enforced_is_the_clients_fault_and_nothing_is_submitted()
         assert!(answer["error"].as_str().unwrap().contains(part), "{answer}");
         assert!(fixture.script.submitted.lock().unwrap().is_empty());
     };
-    use StatusCode as S;
-    let (bad, unprocessable) = (S::BAD_REQUEST, S::UNPROCESSABLE_ENTITY);
+    let (bad, unprocessable) = (StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY);
+    let (too_many, unavailable) = (StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE);
     check(GrammarError::Invalid("`not` at /a".to_owned()), bad, unprocessable, "`not` at /a").await;
     check(GrammarError::TooComplex, bad, unprocessable, "simplify").await;
     let unsupported = GrammarError::Unsupported("no tokens".to_owned());
     check(unsupported, unprocessable, unprocessable, "no tokens").await;
     let busy = GrammarError::Busy("256 wait".to_owned());
-    check(busy, S::TOO_MANY_REQUESTS, S::TOO_MANY_REQUESTS, "256 wait").await;
+    check(busy, too_many, too_many, "256 wait").await;
     let gone = GrammarError::Unavailable("secret".to_owned());
-    check(gone, S::SERVICE_UNAVAILABLE, S::SERVICE_UNAVAILABLE, "not being served").await;
+    check(gone, unavailable, unavailable, "not being served").await;
 }
 
 #[tokio::test]
