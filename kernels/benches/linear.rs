@@ -7,10 +7,9 @@
 //! With one thread the times are CPU times of the process, so that other processes disturb them less; with more they are
 //! those of the wall clock.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
-#![expect(unsafe_code, reason = "the probes call instructions by name")]
+#![expect(unsafe_code, reason = "the probes read a clock of the system")]
 
 use std::hint::black_box;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use candle_core::{Device, Tensor as CandleTensor};
@@ -20,12 +19,12 @@ use kernels::{Context, DType, Level, Tensor, available_cores};
 
 mod probes;
 
-use probes::{Clock, multiply_add_gflop_per_s, read_gb_per_s};
+use probes::{Clock, multiply_add_bf16_gflop_per_s, multiply_add_gflop_per_s, read_gb_per_s};
 
 /// How long a figure is repeated; the best counts.
 const LEAST: Duration = Duration::from_millis(60);
 /// Weights that are read in turn, so that none is in a cache when its turn comes.
-const COLD_BYTES: usize = 256 << 20;
+const COLD_BYTES: usize = 768 << 20;
 
 /// Outputs and inputs of a layer, and whose: gate and up, then down.
 const SHAPES: [(&str, usize, usize); 6] = [
@@ -55,12 +54,11 @@ fn main() {
     };
     let cold_bytes = if args.iter().any(|arg| arg == "cached") { 0 } else { COLD_BYTES };
     let context = Context::cpu_with_level(threads, level);
-    let clock = Clock::for_threads(threads);
     let read = read_gb_per_s(&context);
     let peak = multiply_add_gflop_per_s(&context);
-    let dots_peak = if level == Level::Avx512Bf16 { gflop_per_s(clock, &context, dots) } else { peak };
+    let bf16_peak = multiply_add_bf16_gflop_per_s(&context);
     println!(
-        "{threads} threads, {level:?}: {read:.1} GB/s read, GFLOP/s: {peak:.0} f32, {dots_peak:.0} bf16"
+        "{threads} threads, {level:?}: {read:.1} GB/s read, GFLOP/s: {peak:.0} f32, {bf16_peak:.0} bf16"
     );
     println!("model, outputs x inputs, weights, then for each number of rows the nearer limit:");
     println!("r: GB/s of weights (of the read probe), f: GFLOP/s (of the type's probe)");
@@ -68,7 +66,7 @@ fn main() {
         for kind in Kind::ALL.into_iter().filter(|kind| asks(&KINDS, &format!("{kind:?}"))) {
             let weights = Weights::new(kind, n, k, cold_bytes);
             print!("{}", format!("{model} {n:>5}x{k:<4} {kind:?}").pad(24));
-            let peak = if kind == Kind::Bf16 { dots_peak } else { peak };
+            let peak = if kind == Kind::Bf16 { bf16_peak } else { peak };
             for rows in ROWS.into_iter().filter(|rows| asks(&ROW_NAMES, &format!("{rows}r"))) {
                 let seconds = weights.seconds(&context, rows);
                 let bytes = (n * k * kind.size_in_bytes()) as f64 / seconds / 1e9;
@@ -98,45 +96,6 @@ impl Pad for str {
     fn pad(&self, width: usize) -> String {
         format!("{self:<width$}")
     }
-}
-
-/// Arithmetic on registers alone, on all threads: the most that it can do here. `run`: returns the operations done.
-fn gflop_per_s(clock: Clock, context: &Context, run: impl Fn(usize) -> usize + Sync) -> f64 {
-    const REPEATS: usize = 300_000;
-    let mut operations = 0;
-    let seconds = clock.best_seconds(LEAST, || {
-        let done = AtomicUsize::new(0);
-        context.parallel_for(context.num_threads(), |_| {
-            done.fetch_add(run(black_box(REPEATS)), Ordering::Relaxed);
-        });
-        operations = done.into_inner();
-    });
-    operations as f64 / seconds / 1e9
-}
-
-/// Products of bf16 pairs; only on CPUs that have them.
-fn dots(repeats: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn dots_avx512(repeats: usize) -> usize {
-        use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps, _mm512_set1_ps};
-        // SAFETY: of one size, and any bits are valid.
-        let half: __m512bh =
-            black_box(unsafe { std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(0.5)) });
-        let mut sums = [_mm512_set1_ps(1.0); 24];
-        for _ in 0..repeats {
-            for sum in &mut sums {
-                *sum = _mm512_dpbf16_ps(*sum, half, half);
-            }
-        }
-        black_box(sums);
-        2 * 32 * 24 * repeats
-    }
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: called only where the level has them.
-    return unsafe { dots_avx512(repeats) };
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such level: {repeats}")
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,6 +28,7 @@ mod pool;
 #[doc(hidden)]
 pub mod probe;
 mod readback;
+mod scratch;
 mod simd;
 mod staging;
 mod tensor;

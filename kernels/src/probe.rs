@@ -11,7 +11,7 @@ use crate::{Context, Tensor};
 const PROBE_TIME: Duration = Duration::from_millis(300);
 
 /// Memory for [`read_bytes_per_s`]: several times the largest caches.
-const READ_BYTES: usize = 512 << 20;
+const READ_BYTES: usize = 1 << 30;
 /// What a task of [`read_bytes_per_s`] reads.
 const READ_TASK_BYTES: usize = 4 << 20;
 
@@ -21,7 +21,7 @@ pub struct ReadProbe {
 }
 
 impl ReadProbe {
-    /// Takes 512 MiB, to be kept between measurements.
+    /// Takes 1 GiB, to be kept between measurements.
     pub fn new() -> Self {
         let mut data = Tensor::zeros(1, READ_BYTES / size_of::<f32>(), crate::DType::F32);
         // Pages that were never written are all the same one.
@@ -59,6 +59,30 @@ pub fn multiply_add_flops_per_s(context: &Context) -> f64 {
         flops.store(0, Ordering::Relaxed);
         context.parallel_for(context.num_threads(), |_| {
             context.level().run(MultiplyAdd { repeats: black_box(REPEATS), flops: &flops });
+        });
+    });
+    flops.into_inner() as f64 / seconds
+}
+
+/// As [`multiply_add_flops_per_s`], of products of bf16 with sums in f32, by tiles or by vectors, where the context's
+/// instruction set has them: what bf16 weights are multiplied with.
+pub fn multiply_add_bf16_flops_per_s(context: &Context) -> f64 {
+    const REPEATS: usize = 100_000;
+    let level = context.level();
+    if !level.has_dot_bf16() {
+        return multiply_add_flops_per_s(context);
+    }
+    let flops = AtomicUsize::new(0);
+    let seconds = best_seconds(|| {
+        flops.store(0, Ordering::Relaxed);
+        context.parallel_for(context.num_threads(), |_| {
+            let repeats = black_box(REPEATS);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(amx) = level.amx() {
+                flops.fetch_add(amx.multiply_registers(repeats), Ordering::Relaxed);
+                return;
+            }
+            level.run_with_dots(MultiplyAddBf16 { repeats, flops: &flops });
         });
     });
     flops.into_inner() as f64 / seconds
@@ -125,6 +149,28 @@ impl MultiplyAdd<'_> {
         }
         consume(simd, &sums);
         self.flops.fetch_add(2 * LANES * N * self.repeats, Ordering::Relaxed);
+    }
+}
+
+struct MultiplyAddBf16<'a> {
+    repeats: usize,
+    flops: &'a AtomicUsize,
+}
+
+impl Kernel for MultiplyAddBf16<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        const SUMS: usize = 24;
+        // As pairs of bf16, any f32 is finite numbers.
+        let pairs = simd.splat(black_box(0.5));
+        let mut sums = [simd.splat(1.0); SUMS];
+        for _ in 0..self.repeats {
+            for sum in &mut sums {
+                *sum = simd.dot_bf16(pairs, pairs, *sum);
+            }
+        }
+        consume(simd, &sums);
+        self.flops.fetch_add(2 * 2 * LANES * SUMS * self.repeats, Ordering::Relaxed);
     }
 }
 

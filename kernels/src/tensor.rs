@@ -133,7 +133,7 @@ const HUGE_PAGES_FROM: usize = 16 << 20;
 
 /// Advice that the system may not follow: where huge pages are switched off, all works as before, only slower.
 #[cfg(target_os = "linux")]
-fn ask_for_huge_pages(ptr: *mut u8, size: usize) {
+pub(crate) fn ask_for_huge_pages(ptr: *mut u8, size: usize) {
     const PAGE: usize = 4096;
     let offset = ptr.align_offset(PAGE);
     if offset < size {
@@ -143,7 +143,7 @@ fn ask_for_huge_pages(ptr: *mut u8, size: usize) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_: *mut u8, _: usize) {}
+pub(crate) fn ask_for_huge_pages(_: *mut u8, _: usize) {}
 
 impl Storage {
     /// Asks for an alignment that `malloc` gives anyway and aligns by hand. For more, Rust's allocator would write the

@@ -56,7 +56,7 @@ fn reference(level: Level, x: &Tensor, parts: &[LinearPart<'_>]) -> Vec<f64> {
 
 /// Whether the level multiplies in bf16.
 fn rounds_x(level: Level, weight: Weight<'_>) -> bool {
-    level == Level::Avx512Bf16 && matches!(weight, Weight::Dense(weight) if weight.dtype() == DType::BF16)
+    level.has_dot_bf16() && matches!(weight, Weight::Dense(weight) if weight.dtype() == DType::BF16)
 }
 
 /// The instruction sets of this machine, with single-threaded contexts.

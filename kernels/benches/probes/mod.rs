@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kernels::Context;
-use kernels::probe::{ReadProbe, multiply_add_flops_per_s};
+use kernels::probe::{ReadProbe, multiply_add_bf16_flops_per_s, multiply_add_flops_per_s};
 
 /// What the time of a run is read from.
 #[derive(Clone, Copy)]
@@ -50,4 +50,9 @@ pub(crate) fn read_gb_per_s(context: &Context) -> f64 {
 /// Multiply-adds on registers alone, on all threads: the most that this arithmetic can do at the context's level.
 pub(crate) fn multiply_add_gflop_per_s(context: &Context) -> f64 {
     multiply_add_flops_per_s(context) / 1e9
+}
+
+/// The same of products of bf16, where the level has them.
+pub(crate) fn multiply_add_bf16_gflop_per_s(context: &Context) -> f64 {
+    multiply_add_bf16_flops_per_s(context) / 1e9
 }

@@ -16,7 +16,10 @@ use half::{bf16, f16};
 use super::operands::{
     SharedRows, f32_vector, matrix, matrix_mut, on_cuda, require, require_f32_matrix, unsupported_float,
 };
-use crate::simd::{Kernel, Lanes, Level, Simd};
+use crate::scratch::Scratch;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx::Amx;
+use crate::simd::{Kernel, Level, Simd};
 use crate::{Context, DType, Place, Result, Tensor, View, ViewMut};
 
 #[cfg(feature = "cuda")]
@@ -28,6 +31,8 @@ mod gated;
 mod grouped;
 mod input;
 mod many;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod weight;
 
 use finish::Finish;
@@ -58,7 +63,7 @@ impl LinearPart<'_> {
 
 thread_local! {
     /// x as it is prepared for a call, kept.
-    static INPUT: RefCell<Vec<Lanes>> = const { RefCell::new(Vec::new()) };
+    static INPUT: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
 }
 
 /// `out[i, ..] = concat over parts of (weight · x[i] + bias)`: a fused linear layer (query, key and value; gate and
@@ -87,8 +92,8 @@ fn product(
     check_shapes(x, parts, &out)?;
     on_cuda!(context, |device| cuda::product(device, x, parts, &out, adds));
     check_types(x, parts, &out)?;
-    let (rows, total, level) = (x.rows(), out.cols(), context.level());
-    if rows == 0 {
+    let (total, level) = (out.cols(), context.level());
+    if x.rows() == 0 {
         return Ok(());
     }
     let per_task = outputs_per_task(context.num_threads(), x, parts, total);
@@ -98,9 +103,8 @@ fn product(
             continue;
         }
         INPUT.with_borrow_mut(|memory| {
-            let form = form(level, rows, per_lane);
-            let x = Input::prepare(context, x, form, memory);
-            let product = Product { level, x, order: form.order, per_lane, parts, out, adds };
+            let x = Prepared::new(context, x, per_lane, memory);
+            let product = Product { level, x, per_lane, parts, out, adds };
             context.parallel_for(total.div_ceil(per_task), |task| {
                 let outputs = task * per_task..total.min((task + 1) * per_task);
                 level.run_with_dots(Outputs { product: &product, outputs });
@@ -108,6 +112,33 @@ fn product(
         });
     }
     Ok(())
+}
+
+/// x as the loops read it.
+#[derive(Clone, Copy)]
+enum Prepared {
+    Vectors {
+        x: Input,
+        order: Order,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Tiles {
+        x: tiles::Bands,
+        amx: Amx,
+    },
+}
+
+impl Prepared {
+    /// Prepares `x` in `memory`, which must live as long as the result is used.
+    fn new(context: &Context, x: View<'_>, per_lane: usize, memory: &mut Scratch) -> Self {
+        let level = context.level();
+        #[cfg(target_arch = "x86_64")]
+        if let (2, Some(amx)) = (per_lane, level.amx()) {
+            return Self::Tiles { x: tiles::Bands::prepare(context, x, memory), amx };
+        }
+        let form = form(level, x.rows(), per_lane);
+        Self::Vectors { x: Input::prepare(context, x, form, memory), order: form.order }
+    }
 }
 
 /// How x is read by the loop for this number of rows.
@@ -187,8 +218,7 @@ fn outputs_per_task(num_threads: usize, x: View<'_>, parts: &[LinearPart<'_>], t
 
 struct Product<'a> {
     level: Level,
-    x: Input,
-    order: Order,
+    x: Prepared,
     /// Of the parts that are computed.
     per_lane: usize,
     parts: &'a [LinearPart<'a>],
@@ -214,18 +244,23 @@ impl Kernel for Outputs<'_> {
                 continue;
             }
             let share = Share { product: self.product, part, column: all.start, outputs };
-            match part.weight {
-                Weight::Dense(weight) => match weight.dtype() {
-                    DType::F32 => simd.call(share.block::<Widened<f32>>(weight, None)),
-                    DType::F16 => simd.call(share.block::<Widened<f16>>(weight, None)),
+            match (self.product.x, part.weight) {
+                #[cfg(target_arch = "x86_64")]
+                (Prepared::Tiles { x, amx }, Weight::Dense(weight)) => simd.call(share.tiles(weight, x, amx)),
+                #[cfg(target_arch = "x86_64")]
+                (Prepared::Tiles { .. }, Weight::Int8(_)) => unreachable!("see LinearPart::per_lane"),
+                (Prepared::Vectors { x, order }, Weight::Dense(weight)) => match weight.dtype() {
+                    DType::F32 => simd.call(share.block::<Widened<f32>>(weight, None, x, order)),
+                    DType::F16 => simd.call(share.block::<Widened<f16>>(weight, None, x, order)),
                     DType::BF16 if self.product.per_lane == 2 => {
-                        simd.call(share.block::<Bf16Pairs>(weight, None));
+                        simd.call(share.block::<Bf16Pairs>(weight, None, x, order));
                     }
-                    DType::BF16 => simd.call(share.block::<Widened<bf16>>(weight, None)),
+                    DType::BF16 => simd.call(share.block::<Widened<bf16>>(weight, None, x, order)),
                     dtype => unreachable!("{}", unsupported_float("linear", dtype)),
                 },
-                Weight::Int8(weight) => {
-                    simd.call(share.block::<Widened<i8>>(weight.values(), Some(weight.scales())));
+                (Prepared::Vectors { x, order }, Weight::Int8(weight)) => {
+                    let scales = Some(weight.scales());
+                    simd.call(share.block::<Widened<i8>>(weight.values(), scales, x, order));
                 }
             }
         }
@@ -242,25 +277,46 @@ struct Share<'a> {
 }
 
 impl Share<'_> {
+    /// Of the part's outputs the first that is computed.
+    fn first(&self) -> usize {
+        self.outputs.start - self.column
+    }
+
     #[inline(always)]
-    fn block<F: Format>(&self, values: &Tensor, scales: Option<&Tensor>) -> Block<F> {
-        let first = self.outputs.start - self.column;
-        let weights = values.view().narrow_rows(first, self.outputs.len());
-        let vector = |vector: &Tensor| vector.as_slice::<f32>()[first..].as_ptr();
-        let Product { x, order, out, adds, .. } = *self.product;
+    fn block<F: Format>(&self, values: &Tensor, scales: Option<&Tensor>, x: Input, order: Order) -> Block<F> {
+        let weights = values.view().narrow_rows(self.first(), self.outputs.len());
         Block {
             weights: weights.ptr.cast(),
             weight_stride: weights.row_stride,
             num_outputs: self.outputs.len(),
             x,
             order,
-            finish: Finish {
-                scales: scales.map(vector),
-                bias: self.part.bias.map(vector),
-                out: out.at(0, self.outputs.start),
-                out_stride: out.row_stride(),
-                adds,
-            },
+            finish: self.finish(scales),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn tiles(&self, weight: &Tensor, x: tiles::Bands, amx: Amx) -> tiles::TileBlock {
+        let weights = weight.view().narrow_rows(self.first(), self.outputs.len());
+        tiles::TileBlock {
+            amx,
+            weights: weights.ptr.cast(),
+            weight_stride: weights.row_stride,
+            num_outputs: self.outputs.len(),
+            x,
+            finish: self.finish(None),
+        }
+    }
+
+    fn finish(&self, scales: Option<&Tensor>) -> Finish {
+        let vector = |vector: &Tensor| vector.as_slice::<f32>()[self.first()..].as_ptr();
+        let Product { out, adds, .. } = *self.product;
+        Finish {
+            scales: scales.map(vector),
+            bias: self.part.bias.map(vector),
+            out: out.at(0, self.outputs.start),
+            out_stride: out.row_stride(),
+            adds,
         }
     }
 }

@@ -8,6 +8,8 @@
     reason = "a kernel must be inlined into the function that enables its instructions"
 )]
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -44,11 +46,14 @@ pub enum Level {
     Avx512,
     /// As [`Level::Avx512`], and products of bf16.
     Avx512Bf16,
+    /// As [`Level::Avx512Bf16`], and products of tiles of bf16.
+    Amx,
 }
 
 impl Level {
     /// All, slowest first.
-    pub const ALL: [Level; 5] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
+    pub const ALL: [Level; 6] =
+        [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx];
 
     /// The best of this CPU.
     pub fn detect() -> Self {
@@ -57,7 +62,7 @@ impl Level {
 
     /// The best of this CPU among those that keep activations in f32 whatever the weights' type.
     pub fn detect_f32_activations() -> Self {
-        let keeps = |level: &Self| level.is_available() && *level != Level::Avx512Bf16;
+        let keeps = |level: &Self| level.is_available() && !level.has_dot_bf16();
         Self::ALL.into_iter().rfind(keeps).unwrap_or(Level::Portable)
     }
 
@@ -73,6 +78,8 @@ impl Level {
             Level::Avx512 => x86::Avx512::<false>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => x86::Avx512::<true>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => Level::Avx512Bf16.is_available() && amx::Amx::detect().is_some(),
             _ => false,
         }
     }
@@ -87,7 +94,7 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => x86::Avx2::detect().expect("checked by the context").call(kernel),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Bf16 => {
+            Level::Avx512 | Level::Avx512Bf16 | Level::Amx => {
                 x86::Avx512::<false>::detect().expect("checked by the context").call(kernel);
             }
             _ => portable::Portable.call(kernel),
@@ -99,15 +106,22 @@ impl Level {
     #[inline]
     pub(crate) fn run_with_dots<K: Kernel>(self, kernel: K) {
         #[cfg(target_arch = "x86_64")]
-        if self == Level::Avx512Bf16 {
+        if self.has_dot_bf16() {
             return x86::Avx512::<true>::detect().expect("checked by the context").call(kernel);
         }
         self.run(kernel);
     }
 
-    /// Whether [`Simd::dot_bf16`] may be called in [`Level::run_with_dots`].
-    pub(crate) fn has_dot_bf16(self) -> bool {
-        self == Level::Avx512Bf16
+    /// Whether bf16 weights are multiplied with activations in bf16: [`Simd::dot_bf16`] may be called in
+    /// [`Level::run_with_dots`].
+    pub fn has_dot_bf16(self) -> bool {
+        matches!(self, Level::Avx512Bf16 | Level::Amx)
+    }
+
+    /// Products of tiles, where this level has them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn amx(self) -> Option<amx::Amx> {
+        if self == Level::Amx { amx::Amx::detect() } else { None }
     }
 }
 

@@ -18,7 +18,7 @@ mod workload;
 
 use std::path::{Path, PathBuf};
 
-use kernels::probe::{ReadProbe, multiply_add_flops_per_s};
+use kernels::probe::{ReadProbe, multiply_add_bf16_flops_per_s, multiply_add_flops_per_s};
 use kernels::{Context, Level};
 
 use ours::Ours;
@@ -126,9 +126,14 @@ struct Machine {
 }
 
 impl Machine {
-    fn probe(&mut self, context: &Context, read: &ReadProbe) {
+    fn probe(&mut self, context: &Context, read: &ReadProbe, weights: Weights) {
         self.read_bytes_per_s = self.read_bytes_per_s.max(read.bytes_per_s(context));
-        self.flops_per_s = self.flops_per_s.max(multiply_add_flops_per_s(context));
+        // Of the products that linear layers are made of.
+        let probe = match weights.stored {
+            Stored::Bf16 if !weights.int8 => multiply_add_bf16_flops_per_s,
+            _ => multiply_add_flops_per_s,
+        };
+        self.flops_per_s = self.flops_per_s.max(probe(context));
     }
 }
 
@@ -148,7 +153,7 @@ impl Run<'_> {
         let (mut theirs, mut hugging_face) = (Rates::default(), Rates::default());
         let mut model = Ours::load(self.context, self.directory, self.weights.int8)?;
         for _ in 0..ROUNDS {
-            machine.probe(self.context, &read);
+            machine.probe(self.context, &read, self.weights);
             for &workload in self.workloads {
                 ours.add(workload, model.tokens_per_s(self.context, workload)?);
             }
@@ -159,7 +164,7 @@ impl Run<'_> {
         if let Some((peer, dtype)) = torch {
             peer.measure(self.directory, dtype, threads, self.workloads, &mut hugging_face)?;
         }
-        machine.probe(self.context, &read);
+        machine.probe(self.context, &read, self.weights);
 
         println!(
             "\n**{} ({name}), {}**: {:.1} GB/s read, {:.0} GFLOP/s multiply-add\n",

@@ -1,7 +1,6 @@
 //! Two linear layers of which one gates the other.
 
-use super::input::Input;
-use super::{INPUT, LinearPart, Outputs, Product, check_types, form, linear, outputs_per_task};
+use super::{INPUT, LinearPart, Outputs, Prepared, Product, check_types, linear, outputs_per_task};
 use crate::ops::activation::{Activation, Apply, gated};
 use crate::ops::operands::{SharedRows, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::{Context, Result, View, ViewMut};
@@ -68,10 +67,8 @@ fn products_and_activation(
     let per_task = outputs_per_task(context.num_threads(), x, &parts, n);
     let (gate_up, out) = (SharedRows::new(gate_up), SharedRows::new(out));
     INPUT.with_borrow_mut(|memory| {
-        let form = form(level, rows, per_lane);
-        let x = Input::prepare(context, x, form, memory);
-        let product =
-            Product { level, x, order: form.order, per_lane, parts: &parts, out: gate_up, adds: false };
+        let x = Prepared::new(context, x, per_lane, memory);
+        let product = Product { level, x, per_lane, parts: &parts, out: gate_up, adds: false };
         context.parallel_for(n.div_ceil(per_task), |task| {
             let (start, end) = (task * per_task, n.min((task + 1) * per_task));
             level.run_with_dots(Outputs { product: &product, outputs: start..end });

@@ -5,7 +5,8 @@
 
 use half::bf16;
 
-use crate::simd::{Float, Kernel, LANES, Lanes, Simd};
+use crate::scratch::Scratch;
+use crate::simd::{Float, Kernel, LANES, Simd};
 use crate::{Context, View};
 
 /// Order of a tile's lanes. A *step* is a vector of k: sixteen f32 or sixteen pairs.
@@ -52,13 +53,9 @@ pub(super) struct RowTile {
 
 impl Input {
     /// Prepares `x` in `memory`, which is made as large as needed, and must live as long as the result is used.
-    pub(super) fn prepare(context: &Context, x: View<'_>, form: Form, memory: &mut Vec<Lanes>) -> Self {
+    pub(super) fn prepare(context: &Context, x: View<'_>, form: Form, memory: &mut Scratch) -> Self {
         let steps = x.cols().div_ceil(LANES * form.per_lane);
-        let len = x.rows() * steps;
-        if memory.len() < len {
-            memory.resize(len, Lanes::ZERO);
-        }
-        let lanes = memory.as_mut_ptr().cast::<f32>().cast_const();
+        let lanes = memory.lanes(x.rows() * steps).as_mut_ptr().cast::<f32>().cast_const();
         let input = Self { lanes, rows: x.rows(), k: x.cols(), steps, tile_rows: form.tile_rows };
         context.for_rows(input.num_tiles(), form.tile_rows * x.cols(), |tile| {
             context.level().run_with_dots(Prepare { x, form, tile: input.tile(tile), steps });
@@ -94,12 +91,16 @@ impl Kernel for Prepare<'_> {
     fn run<S: Simd>(self, simd: S) {
         let RowTile { num_rows, x: to, .. } = self.tile;
         let to = to.cast_mut();
+        let per_lane = self.form.per_lane;
         for step in 0..self.steps {
             if self.form.order == Order::Steps {
                 for row in 0..num_rows {
                     // SAFETY: within the tile's memory, which no other task writes.
                     unsafe {
-                        simd.store(to.add((step * num_rows + row) * LANES), self.vector(simd, row, step));
+                        simd.store(
+                            to.add((step * num_rows + row) * LANES),
+                            x_vector(simd, self.x, self.tile.row + row, per_lane, step),
+                        );
                     }
                 }
                 continue;
@@ -107,8 +108,8 @@ impl Kernel for Prepare<'_> {
             for first in (0..num_rows).step_by(LANES) {
                 let len = LANES.min(num_rows - first);
                 let mut rows = [simd.splat(0.0); LANES];
-                for (row, vector) in rows.iter_mut().enumerate().take(len) {
-                    *vector = self.vector(simd, first + row, step);
+                for (row, lanes) in rows.iter_mut().enumerate().take(len) {
+                    *lanes = x_vector(simd, self.x, self.tile.row + first + row, per_lane, step);
                 }
                 for (lane, rows) in simd.transpose(rows).into_iter().enumerate() {
                     // SAFETY: as above.
@@ -126,27 +127,24 @@ impl Kernel for Prepare<'_> {
     }
 }
 
-impl Prepare<'_> {
-    /// One row's vector of a step.
-    #[inline(always)]
-    fn vector<S: Simd>(&self, simd: S, row: usize, step: usize) -> S::Vector {
-        let start = step * LANES * self.form.per_lane;
-        let left = self.x.cols() - start;
-        let mut pairs = [bf16::ZERO; 2 * LANES];
-        // SAFETY: within the row; a vector and its second half are asked for as far as the row goes.
-        unsafe {
-            let x: *const f32 = self.x.ptr.cast();
-            let from = x.add((self.tile.row + row) * self.x.row_stride + start);
-            if self.form.per_lane == 1 {
-                return f32::load_part(simd, from, left.min(LANES));
-            }
-            let first = f32::load_part(simd, from, left.min(LANES));
-            bf16::store(simd, pairs.as_mut_ptr(), first);
-            if left > LANES {
-                let second = f32::load_part(simd, from.add(LANES), (left - LANES).min(LANES));
-                bf16::store(simd, pairs.as_mut_ptr().add(LANES), second);
-            }
-            simd.load(pairs.as_ptr().cast())
+/// One row's vector of a step; see [`Form::per_lane`].
+#[inline(always)]
+pub(super) fn x_vector<S: Simd>(simd: S, x: View<'_>, row: usize, per_lane: usize, step: usize) -> S::Vector {
+    let start = step * LANES * per_lane;
+    let left = x.cols() - start;
+    let mut pairs = [bf16::ZERO; 2 * LANES];
+    // SAFETY: within the row; a vector and its second half are asked for as far as the row goes.
+    unsafe {
+        let from = x.ptr.cast::<f32>().add(row * x.row_stride + start);
+        if per_lane == 1 {
+            return f32::load_part(simd, from, left.min(LANES));
         }
+        let first = f32::load_part(simd, from, left.min(LANES));
+        bf16::store(simd, pairs.as_mut_ptr(), first);
+        if left > LANES {
+            let second = f32::load_part(simd, from.add(LANES), (left - LANES).min(LANES));
+            bf16::store(simd, pairs.as_mut_ptr().add(LANES), second);
+        }
+        simd.load(pairs.as_ptr().cast())
     }
 }
