@@ -109,6 +109,20 @@ pub(crate) struct Sums {
     pub(crate) carries_on: bool,
 }
 
+/// What is asked for, for the L2 cache, beside each step of [`Shaped::square`]; addresses may be any.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// [`Ahead::SOON_BYTES`] beside each step.
+    pub(crate) soon: *const u8,
+    /// [`Ahead::LATER_BYTES`] beside each step.
+    pub(crate) later: *const u8,
+}
+
+impl Ahead {
+    pub(crate) const SOON_BYTES: usize = 512;
+    pub(crate) const LATER_BYTES: usize = 128;
+}
+
 /// A loop over k: zeroes or loads sums, runs the lines for each step, stores sums. Tiles are named by register, register of their
 /// row of tiles, and offset in it.
 macro_rules! tile_loop {
@@ -228,7 +242,7 @@ impl Shaped {
     }
 
     /// Two tiles of rows, `left` and `lower`, which have the same stride and step, times `RIGHT` (1 or 2) tiles; otherwise as
-    /// [`Shaped::row`]. All tiles are full.
+    /// [`Shaped::row`]. All tiles are full. Asks for `soon` and `later` meanwhile.
     ///
     /// # Safety
     /// As there.
@@ -240,6 +254,7 @@ impl Shaped {
         right: *const u8,
         steps: usize,
         sums: Sums,
+        ahead: Ahead,
     ) {
         debug_assert!(steps > 0 && self.columns == TILE);
         macro_rules! run {
@@ -251,12 +266,21 @@ impl Shaped {
                     $($line,)*
                     "add {left}, {left_step}",
                     "add {lower}, {left_step}",
+                    "prefetcht1 [{soon}]", "prefetcht1 [{soon} + 64]",
+                    "prefetcht1 [{soon} + 128]", "prefetcht1 [{soon} + 192]",
+                    "prefetcht1 [{soon} + 256]", "prefetcht1 [{soon} + 320]",
+                    "prefetcht1 [{soon} + 384]", "prefetcht1 [{soon} + 448]",
+                    "add {soon}, 512",
+                    "prefetcht1 [{later}]", "prefetcht1 [{later} + 64]",
+                    "add {later}, 128",
                     in: left = inout(reg) left.first => _,
                     lower = inout(reg) lower => _,
                     left_line = in(reg) left.stride,
                     left_step = in(reg) left.step,
                     right = inout(reg) right => _,
                     line = in(reg) TILE_ROW_BYTES,
+                    soon = inout(reg) ahead.soon => _,
+                    later = inout(reg) ahead.later => _,
                     lower_sums = in(reg) sums.first.cast::<u8>().wrapping_add(TILE * sums.stride)
                 )
             };

@@ -11,7 +11,7 @@ use half::bf16;
 use super::finish::Finish;
 use super::input::x_vector;
 use crate::scratch::Scratch;
-use crate::simd::amx::{Amx, Left, Shaped, Sums, TILE, TILE_BYTES, TILE_K, TILE_ROW_BYTES};
+use crate::simd::amx::{Ahead, Amx, Left, Shaped, Sums, TILE, TILE_BYTES, TILE_K, TILE_ROW_BYTES};
 use crate::simd::{Float, Kernel, LANES, Lanes, Simd};
 use crate::{Context, View};
 
@@ -77,6 +77,12 @@ impl Bands {
 
     fn num_bands(&self) -> usize {
         self.num_tiles().div_ceil(self.band_tiles)
+    }
+
+    /// What is multiplied at a step of a band.
+    fn at(&self, band: usize, step: usize) -> *const u8 {
+        let (tiles, x) = self.band(band);
+        x.wrapping_add(step * tiles * self.tile_rows).cast()
     }
 
     /// Tiles of a band, and its first.
@@ -245,16 +251,28 @@ impl Kernel for Panels<'_> {
             for (output, panel) in outputs.clone().zip(panels.chunks_exact_mut(panel_len)) {
                 simd.call(Copy { block, output, panel });
             }
+            // The weights of the next group, where there are no gaps.
+            let mut later: *const u8 =
+                block.weights.wrapping_add((first + PANELS * PANEL_OUTPUTS) * block.weight_stride).cast();
             for bands in (0..num_bands).step_by(BANDS_TOGETHER) {
                 let bands = bands..num_bands.min(bands + BANDS_TOGETHER);
                 for chunk in (0..steps).step_by(CHUNK_STEPS) {
+                    let chunk = chunk..steps.min(chunk + CHUNK_STEPS);
                     for (band, sums) in bands.clone().zip(sums.chunks_exact_mut(PANELS)) {
-                        for start in (chunk..steps.min(chunk + CHUNK_STEPS)).step_by(PART_STEPS) {
-                            let part = start..steps.min(start + PART_STEPS);
+                        for start in chunk.clone().step_by(PART_STEPS) {
+                            let part = start..chunk.end.min(start + PART_STEPS);
+                            // The x that comes next.
+                            let mut soon = match part.end {
+                                end if end < chunk.end => block.x.at(band, end),
+                                _ if band + 1 < bands.end => block.x.at(band + 1, chunk.start),
+                                end => block.x.at(bands.start, end),
+                            };
                             for (panel, sums) in
                                 panels.chunks_exact(panel_len).zip(&mut *sums).take(outputs.len())
                             {
-                                block.square(&shaped, panel, band, part.clone(), sums);
+                                block.square(&shaped, panel, band, part.clone(), sums, Ahead { soon, later });
+                                soon = soon.wrapping_add(part.len() * Ahead::SOON_BYTES);
+                                later = later.wrapping_add(part.len() * Ahead::LATER_BYTES);
                             }
                         }
                     }
@@ -279,6 +297,7 @@ impl TileBlock {
         band: usize,
         part: Range<usize>,
         sums: &mut SquareSums,
+        ahead: Ahead,
     ) {
         let (tiles, x) = self.x.band(band);
         let x = x.wrapping_add(part.start * tiles * TILE).cast();
@@ -293,9 +312,9 @@ impl TileBlock {
         // SAFETY: panel and band have all steps.
         unsafe {
             if tiles == SQUARE {
-                shaped.square::<2>(left, lower, x, part.len(), sums);
+                shaped.square::<2>(left, lower, x, part.len(), sums, ahead);
             } else {
-                shaped.square::<1>(left, lower, x, part.len(), sums);
+                shaped.square::<1>(left, lower, x, part.len(), sums, ahead);
             }
         }
     }
