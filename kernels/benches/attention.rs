@@ -1,18 +1,20 @@
 //! Attention over paged keys and values against what the machine gives: decode rows at a long context against the rate of
 //! reading memory, prompts against that of multiply-adds.
 //!
-//! `cargo bench --profile release --locked --workspace --bench attention [-- THREADS] [SHAPE]`. With one thread the times are CPU
+//! `cargo bench --profile release --locked --workspace --bench attention [-- THREADS] [LEVEL] [SHAPE]`. With one thread the times are CPU
 //! times of the process; with more they are those of the wall clock.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
-#![expect(unsafe_code, reason = "the probes call instructions by name")]
+#![expect(unsafe_code, reason = "the probes read a clock of the system")]
 
 mod probes;
 
 use std::time::Duration;
 
 use kernels::ops::attention::{paged_attention, write_kv};
-use kernels::{AttentionBatch, AttentionParams, Context, DType, KvLayer, Tensor, View, available_cores};
-use probes::{Clock, multiply_add_gflop_per_s, read_gb_per_s};
+use kernels::{
+    AttentionBatch, AttentionParams, Context, DType, KvLayer, Level, Tensor, View, available_cores,
+};
+use probes::{Clock, multiply_add_bf16_gflop_per_s, multiply_add_gflop_per_s, read_gb_per_s};
 
 /// How long a figure is repeated; the best counts.
 const LEAST: Duration = Duration::from_millis(300);
@@ -39,10 +41,16 @@ const LAYERS: usize = 8;
 fn main() {
     // cargo adds `--bench`.
     let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or_else(available_cores);
-    let context = Context::cpu(threads);
+    let named = Level::ALL.into_iter().find(|level| std::env::args().any(|arg| arg == format!("{level:?}")));
+    let level = named.unwrap_or_else(Level::detect);
+    let context = Context::cpu_with_level(threads, level);
     let read = read_gb_per_s(&context);
     let peak = multiply_add_gflop_per_s(&context);
-    println!("{threads} threads; probes: {read:.1} GB/s read, {peak:.0} GFLOP/s multiply-add");
+    // Products of bf16 are used in tiles only.
+    let bf16_peak = if level == Level::Amx { multiply_add_bf16_gflop_per_s(&context) } else { peak };
+    println!(
+        "{threads} threads, {level:?}; probes: {read:.1} GB/s read, GFLOP/s multiply-add: {peak:.0} f32, {bf16_peak:.0} for bf16"
+    );
     let only = std::env::args().skip(1).find(|arg| SHAPES.iter().any(|shape| shape.name == arg));
     let shapes = SHAPES.into_iter().filter(|shape| only.as_deref().is_none_or(|only| only == shape.name));
     for (shape, dtype) in shapes.flat_map(|shape| [DType::BF16, DType::F32].map(|dtype| (shape, dtype))) {
@@ -64,6 +72,7 @@ fn main() {
             let pairs = len * (len + 1) / 2;
             let flops = 4 * pairs * shape.kv_heads * shape.group * shape.head_dim;
             let rate = flops as f64 / batch.seconds(&context) / 1e9;
+            let peak = if dtype == DType::BF16 { bf16_peak } else { peak };
             println!(
                 "{:<14} {dtype:?} prefill 1 x {len:>4}: {rate:6.0} GFLOP/s ({:3.0} %)",
                 shape.name,

@@ -77,7 +77,6 @@ pub fn multiply_add_bf16_flops_per_s(context: &Context) -> f64 {
         flops.store(0, Ordering::Relaxed);
         context.parallel_for(context.num_threads(), |_| {
             let repeats = black_box(REPEATS);
-            #[cfg(target_arch = "x86_64")]
             if let Some(amx) = level.amx() {
                 flops.fetch_add(amx.multiply_registers(repeats), Ordering::Relaxed);
                 return;

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use half::bf16;
 use kernels::ops::attention::{self, paged_attention};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Result, Tensor, View};
 use rand::RngExt;
@@ -129,7 +130,14 @@ impl Cached {
         3.0 / (self.shape.head_dim as f64).sqrt()
     }
 
-    fn reference(&self, dtype: DType, sequence: usize, position: usize, features: Features) -> Vec<f64> {
+    /// In f64; `tiled`: of queries in bf16.
+    fn reference(
+        &self,
+        dtype: DType,
+        (sequence, position): (usize, usize),
+        features: Features,
+        tiled: bool,
+    ) -> Vec<f64> {
         let Shape { kv_heads, group, head_dim, .. } = self.shape;
         let [query, keys, values] = &self.sequences[sequence];
         let [keys, values] = [keys, values].map(|tensor| tensor.to_dtype(dtype).expect("a float type"));
@@ -143,8 +151,10 @@ impl Cached {
         for head in 0..kv_heads * group {
             let q: Vec<f64> = query.view().row::<f32>(position)[head * head_dim..][..head_dim]
                 .iter()
-                .copied()
-                .map(f64::from)
+                .map(|&q| match tiled {
+                    true => bf16::from_f32(q * self.scale() as f32).to_f64() / self.scale(),
+                    false => f64::from(q),
+                })
                 .collect();
             let scores: Vec<f64> = (first..=position)
                 .map(|p| {
@@ -171,14 +181,23 @@ impl Cached {
     }
 }
 
-const SHAPES: [Shape; 6] = [
+const SHAPES: [Shape; 9] = [
     Shape { kv_heads: 2, group: 2, head_dim: 16, block_size: 16 },
     Shape { kv_heads: 1, group: 1, head_dim: 8, block_size: 4 },
     Shape { kv_heads: 2, group: 7, head_dim: 20, block_size: 5 },
     Shape { kv_heads: 1, group: 4, head_dim: 64, block_size: 32 },
     Shape { kv_heads: 3, group: 1, head_dim: 128, block_size: 16 },
     Shape { kv_heads: 1, group: 40, head_dim: 80, block_size: 1 },
+    Shape { kv_heads: 2, group: 3, head_dim: 64, block_size: 32 },
+    Shape { kv_heads: 1, group: 20, head_dim: 32, block_size: 64 },
+    Shape { kv_heads: 1, group: 1, head_dim: 96, block_size: 32 },
 ];
+
+/// Whether keys and values are multiplied in tiles, with queries and weights in bf16.
+fn is_tiled(context: &Context, shape: Shape, dtype: DType) -> bool {
+    let whole = shape.block_size.is_multiple_of(32) && shape.head_dim.is_multiple_of(32);
+    context.device_name().contains("Amx") && dtype == DType::BF16 && whole
+}
 
 #[test]
 fn decode_rows_and_chunks_match_the_reference_at_every_level() {
@@ -195,15 +214,18 @@ fn decode_rows_and_chunks_match_the_reference_at_every_level() {
         ];
         for features in windows.into_iter().chain(changed) {
             let parts = [(0, 36, 37), (1, 0, 3), (2, 20, 30)];
-            let want: Vec<f64> = parts
-                .iter()
-                .flat_map(|&(s, start, end)| (start..end).map(move |p| (s, p)))
-                .flat_map(|(s, p)| cached.reference(dtype, s, p, features))
-                .collect();
             for context in &contexts {
+                let tiled = is_tiled(context, shape, dtype);
+                let want: Vec<f64> = parts
+                    .iter()
+                    .flat_map(|&(s, start, end)| (start..end).map(move |p| (s, p)))
+                    .flat_map(|at| cached.reference(dtype, at, features, tiled))
+                    .collect();
                 let got = cached.run(context, &parts, features);
-                // Sums of at most 50 values below 1 with weights that add up to 1; exp is good to two units.
-                assert_close(&got, &want, 3e-6, &format!("{features:?}, {dtype:?}"));
+                // Sums of at most 50 values below 1 with weights that add up to 1; exp is good to two units. Weights in bf16 are
+                // off by up to 2^-9 of themselves.
+                let tolerance = if tiled { 2.0_f64.powi(-9) } else { 3e-6 };
+                assert_close(&got, &want, tolerance, &format!("{features:?}, {dtype:?}"));
             }
         }
     }
@@ -211,17 +233,23 @@ fn decode_rows_and_chunks_match_the_reference_at_every_level() {
 
 #[test]
 fn long_sequences_are_cut_at_the_same_places_by_any_threads_and_any_chunks() {
-    let shape = Shape { kv_heads: 2, group: 2, head_dim: 40, block_size: 32 };
+    for (group, head_dim) in [(2, 40), (3, 32)] {
+        check_long_sequences(Shape { kv_heads: 2, group, head_dim, block_size: 32 });
+    }
+}
+
+fn check_long_sequences(shape: Shape) {
     let cols = shape.kv_heads * shape.group * shape.head_dim;
     let contexts: Vec<Context> = [1, 2, 3, 8].map(Context::cpu).into_iter().collect();
     let len = 2500;
     let cached = Cached::new(&contexts[0], &mut rng(6), shape, DType::BF16, &[len, 700]);
     let all = Features { window: Some(1400), soft_cap: Some(4.0), alibi: true, sinks: true };
     for features in [Features::default(), Features::window(Some(1400)), all] {
-        let want = cached.reference(DType::BF16, 0, len - 1, features);
+        let tiled = is_tiled(&contexts[0], shape, DType::BF16);
+        let want = cached.reference(DType::BF16, (0, len - 1), features, tiled);
         let alone = cached.run(&contexts[0], &[(0, len - 1, len)], features);
         // The weights add up to 1, and merging rounds a few times more.
-        assert_close(&alone, &want, 5e-6, &format!("{features:?}"));
+        assert_close(&alone, &want, if tiled { 2.0_f64.powi(-9) } else { 5e-6 }, &format!("{features:?}"));
         for context in &contexts {
             let again = cached.run(context, &[(0, len - 1, len)], features);
             assert_same_bits(&again, &alone, "decode row");
@@ -263,14 +291,35 @@ fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads(
 #[test]
 fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other() {
     let context = Context::cpu(2);
-    let shape = SHAPES[0];
-    let mut cached = Cached::new(&context, &mut rng(3), shape, DType::BF16, &[40]);
-    let poison = Tensor::from_slice(&[f32::NAN; 32], 1, 32);
-    let slot = cached.tables[0][1] * 16 + 4;
-    write_kv(&context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
-    let got = cached.run(&context, &[(0, 0, 40)], Features::window(Some(6)));
-    for (row, out) in got.chunks(64).enumerate() {
-        assert!(out.iter().all(|value| value.is_nan() == (20..26).contains(&row)), "row {row}");
+    for shape in [SHAPES[0], SHAPES[6]] {
+        let Shape { kv_heads, group, head_dim, block_size } = shape;
+        let mut cached = Cached::new(&context, &mut rng(3), shape, DType::BF16, &[90]);
+        let poison = Tensor::from_slice(&vec![f32::NAN; kv_heads * head_dim], 1, kv_heads * head_dim);
+        let slot = cached.tables[0][1] * block_size as u32 + 4;
+        write_kv(&context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
+        let got = cached.run(&context, &[(0, 0, 90)], Features::window(Some(6)));
+        for (row, out) in got.chunks(kv_heads * group * head_dim).enumerate() {
+            let sees = (block_size + 4..block_size + 10).contains(&row);
+            assert!(out.iter().all(|value| value.is_nan() == sees), "row {row}");
+        }
+    }
+}
+
+#[test]
+fn what_is_infinite_reaches_no_row_that_does_not_see_it() {
+    let context = Context::cpu(1);
+    for shape in [SHAPES[0], SHAPES[6]] {
+        let Shape { kv_heads, group, head_dim, block_size } = shape;
+        let mut cached = Cached::new(&context, &mut rng(7), shape, DType::BF16, &[90]);
+        let before = cached.run(&context, &[(0, 0, 50)], Features::default());
+        let [zeros, infinite] = [0.0, f32::INFINITY]
+            .map(|value| Tensor::from_slice(&vec![value; kv_heads * head_dim], 1, kv_heads * head_dim));
+        let slot = cached.tables[0][50 / block_size] * block_size as u32 + 50 % block_size as u32;
+        write_kv(&context, zeros.view(), infinite.view(), &[slot], &mut cached.cache).expect("shapes fit");
+        let got = cached.run(&context, &[(0, 0, 90)], Features::default());
+        assert_same_bits(&got[..before.len()], &before, "rows before it");
+        let cols = kv_heads * group * head_dim;
+        assert!(got[50 * cols..].iter().all(|value| *value == f32::INFINITY), "rows that see it");
     }
 }
 

@@ -10,6 +10,7 @@ use super::operands::{
     SharedRows, matrix, matrix_mut, on_cuda, require, require_f32_matrix, require_float, u32_vector,
     unsupported_float,
 };
+use crate::simd::amx::Amx;
 use crate::simd::{Float, LANES, Lanes};
 use crate::{Context, DType, Result, View, ViewMut};
 
@@ -20,11 +21,12 @@ mod products;
 mod rotary_write_kv;
 mod state;
 mod tile;
+mod tiles;
 
 pub use cache::{KvLayer, write_kv};
 pub use rotary_write_kv::{HeadNorms, RotaryAndPages, rotary_write_kv};
 
-use tile::{MAX_QUERIES, Merge, Output, Splits, Tile, Whole};
+use tile::{Merge, Output, Splits, Tile, Whole};
 
 const OP: &str = "paged_attention";
 
@@ -139,7 +141,9 @@ pub fn paged_attention(
     let sequences = Sequences::of(OP, batch)?;
     check(query, cache, sequences, &out)?;
     let scoring = Scoring::of(params, query.cols() / cache.head_dim)?;
-    let attention = Attention { query, cache, sequences, scoring, out: SharedRows::new(out) };
+    let tiled = cache.dtype() == DType::BF16 && tiles::fit(cache.block_size, cache.head_dim);
+    let amx = context.level().amx().filter(|_| tiled);
+    let attention = Attention { query, cache, sequences, scoring, out: SharedRows::new(out), amx };
     PLAN.with_borrow_mut(|plan| {
         attention.plan(context.num_threads(), plan);
         let plan = &SharedPlan::new(plan);
@@ -239,6 +243,8 @@ struct Attention<'a> {
     sequences: Sequences<'a>,
     scoring: Scoring<'a>,
     out: SharedRows<'a>,
+    /// Where products of tiles are used.
+    amx: Option<Amx>,
 }
 
 thread_local! {
@@ -312,7 +318,7 @@ impl<'a> Attention<'a> {
 
     /// A tile's rows read each block together.
     fn tile_rows(&self) -> usize {
-        (MAX_QUERIES / self.group()).max(1)
+        tile::rows_per_tile(self.group(), self.amx.is_some())
     }
 
     fn num_rows(&self, sequence: usize) -> usize {
@@ -467,6 +473,7 @@ impl<'a> Attention<'a> {
             block_size,
             head_dim,
             scoring: self.scoring,
+            amx: self.amx,
         }
     }
 }

@@ -17,7 +17,6 @@ use super::operands::{
     SharedRows, f32_vector, matrix, matrix_mut, on_cuda, require, require_f32_matrix, unsupported_float,
 };
 use crate::scratch::Scratch;
-#[cfg(target_arch = "x86_64")]
 use crate::simd::amx::Amx;
 use crate::simd::{Kernel, Level, Simd};
 use crate::{Context, DType, Place, Result, Tensor, View, ViewMut};
@@ -31,7 +30,6 @@ mod gated;
 mod grouped;
 mod input;
 mod many;
-#[cfg(target_arch = "x86_64")]
 mod tiles;
 mod weight;
 
@@ -117,22 +115,14 @@ fn product(
 /// x as the loops read it.
 #[derive(Clone, Copy)]
 enum Prepared {
-    Vectors {
-        x: Input,
-        order: Order,
-    },
-    #[cfg(target_arch = "x86_64")]
-    Tiles {
-        x: tiles::Bands,
-        amx: Amx,
-    },
+    Vectors { x: Input, order: Order },
+    Tiles { x: tiles::Bands, amx: Amx },
 }
 
 impl Prepared {
     /// Prepares `x` in `memory`, which must live as long as the result is used.
     fn new(context: &Context, x: View<'_>, per_lane: usize, memory: &mut Scratch) -> Self {
         let level = context.level();
-        #[cfg(target_arch = "x86_64")]
         if let (2, Some(amx)) = (per_lane, level.amx()) {
             return Self::Tiles { x: tiles::Bands::prepare(context, x, memory), amx };
         }
@@ -245,9 +235,7 @@ impl Kernel for Outputs<'_> {
             }
             let share = Share { product: self.product, part, column: all.start, outputs };
             match (self.product.x, part.weight) {
-                #[cfg(target_arch = "x86_64")]
                 (Prepared::Tiles { x, amx }, Weight::Dense(weight)) => simd.call(share.tiles(weight, x, amx)),
-                #[cfg(target_arch = "x86_64")]
                 (Prepared::Tiles { .. }, Weight::Int8(_)) => unreachable!("see LinearPart::per_lane"),
                 (Prepared::Vectors { x, order }, Weight::Dense(weight)) => match weight.dtype() {
                     DType::F32 => simd.call(share.block::<Widened<f32>>(weight, None, x, order)),
@@ -295,7 +283,6 @@ impl Share<'_> {
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
     fn tiles(&self, weight: &Tensor, x: tiles::Bands, amx: Amx) -> tiles::TileBlock {
         let weights = weight.view().narrow_rows(self.first(), self.outputs.len());
         tiles::TileBlock {

@@ -8,7 +8,7 @@
     reason = "a kernel must be inlined into the function that enables its instructions"
 )]
 
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(target_arch = "x86_64"), path = "no_amx.rs")]
 pub(crate) mod amx;
 mod math;
 #[cfg(target_arch = "aarch64")]
@@ -78,7 +78,6 @@ impl Level {
             Level::Avx512 => x86::Avx512::<false>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => x86::Avx512::<true>::detect().is_some(),
-            #[cfg(target_arch = "x86_64")]
             Level::Amx => Level::Avx512Bf16.is_available() && amx::Amx::detect().is_some(),
             _ => false,
         }
@@ -119,7 +118,6 @@ impl Level {
     }
 
     /// Products of tiles, where this level has them.
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn amx(self) -> Option<amx::Amx> {
         if self == Level::Amx { amx::Amx::detect() } else { None }
     }
@@ -156,6 +154,11 @@ pub(crate) trait Simd: Copy {
     /// Adds to each lane of `sum` the two products of the pairs of bf16 in the lanes of `a` and `b`; only where
     /// [`Level::has_dot_bf16`].
     fn dot_bf16(self, _a: Self::Vector, _b: Self::Vector, _sum: Self::Vector) -> Self::Vector {
+        unreachable!("asked of the level")
+    }
+    /// With both vectors as 32 elements of 16 bits: the first of `a`, the first of `b`, the second of `a`, ...; only where
+    /// [`Level::amx`] is.
+    fn interleave(self, _a: Self::Vector, _b: Self::Vector) -> [Self::Vector; 2] {
         unreachable!("asked of the level")
     }
     /// Vector `i` of the result has lane `i` of each of the vectors.

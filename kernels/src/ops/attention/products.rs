@@ -28,7 +28,7 @@ impl Prefetch {
     pub(super) const NONE: Self = Self { near: std::ptr::null(), far: std::ptr::null(), bytes_per_step: 0 };
 
     #[inline(always)]
-    fn step<S: Simd>(self, simd: S, step: usize) {
+    pub(super) fn step<S: Simd>(self, simd: S, step: usize) {
         for line in 0..self.bytes_per_step.div_ceil(LINE_BYTES) {
             let offset = step * self.bytes_per_step + line * LINE_BYTES;
             simd.prefetch(self.near.wrapping_add(offset));

@@ -8,15 +8,21 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use half::bf16;
+
 use super::Scoring;
 use super::products::{Prefetch, Scores, SumValues, Values, values_together};
 use super::state::{self, State};
+use super::tiles;
 use crate::View;
+use crate::simd::amx::{Amx, Shaped, TILE, TILE_K};
 use crate::simd::{Float, Kernel, LANES, Lanes, Simd, exp_of_nonpositive, spans, tanh};
 
 /// Queries (rows times heads of the group) of a tile, unless a group alone has more. Their queries, sums and scores
 /// stay in the L2 cache.
-pub(super) const MAX_QUERIES: usize = 64;
+const MAX_QUERIES: usize = 64;
+/// The same with products of tiles, for which keys and values are packed: the more queries, the less that counts.
+const MAX_TILED_QUERIES: usize = 128;
 /// Above this many queries, a block is widened to f32 once instead of in registers each time.
 const WIDEN_ABOVE: usize = 16;
 /// Positions of a unit: enough that renewing sums costs little.
@@ -33,6 +39,17 @@ pub(super) fn split_positions(block_size: usize) -> usize {
     unit_blocks(block_size) * block_size * (SPLIT_POSITIONS / UNIT_POSITIONS)
 }
 
+/// Rows of a tile, with so many query heads for each kv head; `tiled`: with products of tiles.
+pub(super) fn rows_per_tile(group: usize, tiled: bool) -> usize {
+    if !tiled {
+        return (MAX_QUERIES / group).max(1);
+    }
+    let rows = (MAX_TILED_QUERIES / group).max(1);
+    // Whole tiles of queries.
+    let whole = TILE / (1 << group.trailing_zeros()).min(TILE);
+    if rows >= whole { rows / whole * whole } else { rows }
+}
+
 pub(super) struct Tile<'a, T> {
     /// `[rows, group * head_dim]`: the heads of one kv head.
     pub(super) query: View<'a>,
@@ -47,6 +64,8 @@ pub(super) struct Tile<'a, T> {
     pub(super) block_size: usize,
     pub(super) head_dim: usize,
     pub(super) scoring: Scoring<'a>,
+    /// Products of tiles, if they are used: the cache is of bf16, and they [fit](tiles::fit).
+    pub(super) amx: Option<Amx>,
 }
 
 /// Where a tile's rows go.
@@ -87,11 +106,11 @@ pub(super) struct Merge<'a> {
 /// Working memory of a thread, grown when a larger tile comes and kept.
 #[derive(Default)]
 struct Scratch {
-    /// `[head_dim, queries]`, scaled.
+    /// `[head_dim, queries]`, scaled; for tiles `[queries, head_dim]` in bf16.
     queries: Vec<Lanes>,
     /// `[queries, blocks of a unit, block_size in vectors]`: scores, then weights.
     scores: Vec<Lanes>,
-    /// A block of keys or values, widened.
+    /// A block of keys or values, widened; for tiles columns of them, packed, and then the weights in bf16.
     wide: Vec<Lanes>,
     /// Of the split at hand, and of those before.
     current: Vec<Lanes>,
@@ -180,6 +199,16 @@ struct Buffers<'a> {
     queries: &'a [Lanes],
     scores: &'a mut [Lanes],
     wide: &'a mut [Lanes],
+    /// With products of tiles.
+    tiles: Option<TileBuffers<'a>>,
+}
+
+struct TileBuffers<'a> {
+    shaped: Shaped,
+    /// Columns of keys or values of a unit.
+    packed: &'a mut [Lanes],
+    /// `[queries, positions of a unit]` in bf16.
+    weights: &'a mut [Lanes],
 }
 
 impl<T: Float> Tile<'_, T> {
@@ -280,6 +309,17 @@ impl<T: Float> Tile<'_, T> {
         wide: &'b mut Vec<Lanes>,
     ) -> Buffers<'b> {
         let num_queries = self.num_queries();
+        let scores = at_least(scores, num_queries * self.unit_width());
+        if let Some(amx) = self.amx {
+            let queries = at_least(queries, (num_queries * self.head_dim).div_ceil(TILE_K));
+            self.round_queries(simd, queries);
+            let unit_steps = self.unit_width() / 2;
+            let packed = tiles::packed_len((self.head_dim / TILE_K).max(unit_steps));
+            let (packed, weights) = at_least(wide, packed + num_queries * unit_steps).split_at_mut(packed);
+            let shaped = amx.shape(num_queries.min(TILE), TILE);
+            let tiles = Some(TileBuffers { shaped, packed, weights });
+            return Buffers { queries, scores, wide: &mut [], tiles };
+        }
         let queries = at_least(queries, (num_queries * self.head_dim).div_ceil(LANES));
         let to: *mut f32 = queries.as_mut_ptr().cast();
         let scale = simd.splat(self.scoring.scale);
@@ -298,9 +338,26 @@ impl<T: Float> Tile<'_, T> {
                 }
             }
         }
-        let scores = at_least(scores, self.num_queries() * self.unit_width());
         let wide_len = if self.widens() { (self.block_size * self.head_dim).div_ceil(LANES) } else { 0 };
-        Buffers { queries, scores, wide: at_least(wide, wide_len) }
+        Buffers { queries, scores, wide: at_least(wide, wide_len), tiles: None }
+    }
+
+    /// Scales queries and rounds them to bf16.
+    #[inline(always)]
+    fn round_queries<S: Simd>(&self, simd: S, queries: &mut [Lanes]) {
+        let scale = simd.splat(self.scoring.scale);
+        let to: *mut bf16 = queries.as_mut_ptr().cast();
+        for query in 0..self.num_queries() {
+            let row = self.query.row::<f32>(query / self.group());
+            let head = &row[query % self.group() * self.head_dim..][..self.head_dim];
+            for (i, part) in head.as_chunks::<LANES>().0.iter().enumerate() {
+                // SAFETY: a part is a vector; the queries have room for each.
+                unsafe {
+                    let scaled = simd.mul(simd.load(part.as_ptr()), scale);
+                    bf16::store(simd, to.add(query * self.head_dim + i * LANES), scaled);
+                }
+            }
+        }
     }
 }
 
@@ -360,6 +417,10 @@ impl<T: Float> Kernel for Unit<'_, '_, '_, T> {
         for query in 0..num_queries {
             self.weigh(simd, query);
         }
+        if self.buffers.tiles.is_some() {
+            simd.call(SumTiles { unit: &mut self });
+            return;
+        }
         for block in self.blocks.clone() {
             self.sum_values(simd, block);
         }
@@ -371,7 +432,9 @@ impl<T: Float> Unit<'_, '_, '_, T> {
     fn score<S: Simd>(&mut self, simd: S, block: usize) {
         let tile = self.tile;
         let keys = tile.block_of(tile.keys, block);
-        if tile.widens() {
+        if self.buffers.tiles.is_some() {
+            simd.call(ScoreTiles { unit: &mut *self, block });
+        } else if tile.widens() {
             simd.call(Widen { from: keys, to: &mut *self.buffers.wide });
             let wide = self.buffers.wide.as_ptr().cast();
             simd.call(self.scores::<f32>(block, wide, Prefetch::NONE));
@@ -417,6 +480,13 @@ impl<T: Float> Unit<'_, '_, '_, T> {
         let (first, end) =
             (visible.start.max(self.blocks.start * size), visible.end.min(self.blocks.end * size));
         if first < end { self.lane(first)..self.lane(end - 1) + 1 } else { 0..0 }
+    }
+
+    /// Positions of the unit's blocks that a row attends to.
+    fn seen_by(&self, row: usize) -> Range<usize> {
+        let (size, visible) = (self.tile.block_size, self.tile.visible(row));
+        let (begin, end) = (self.blocks.start * size, self.blocks.end * size);
+        visible.start.clamp(begin, end)..visible.end.clamp(begin, end)
     }
 
     fn scores_of(&mut self, query: usize, vectors: Range<usize>) -> &mut [Lanes] {
@@ -576,6 +646,155 @@ impl<T: Float> Unit<'_, '_, '_, T> {
                 }
             }
             query += together;
+        }
+    }
+}
+
+/// Scores of all queries with the keys of a block, by tiles.
+struct ScoreTiles<'u, 'a, 'b, 'c, T> {
+    unit: &'u mut Unit<'a, 'b, 'c, T>,
+    block: usize,
+}
+
+impl<T: Float> Kernel for ScoreTiles<'_, '_, '_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { unit, block } = self;
+        let tile = unit.tile;
+        let keys = tile.block_of(tile.keys, block).as_ptr().cast::<bf16>();
+        let next = match block + 1 {
+            next if next < unit.blocks.end => (tile.keys, next),
+            _ => (tile.values, unit.blocks.start),
+        };
+        let far = (tile.keys, block + unit_blocks(tile.block_size));
+        let parts = tile.block_size / tiles::COLUMNS;
+        let pairs = tile.head_dim / 2;
+        let prefetch = tile.prefetch(next, far, parts * pairs);
+        let Buffers { queries, scores, tiles: Some(buffers), .. } = &mut *unit.buffers else { return };
+        let packed = &mut buffers.packed[..tiles::packed_len(tile.head_dim / TILE_K)];
+        let out = scores[(block - unit.begin) * tile.width()..].as_mut_ptr().cast::<f32>();
+        for part in 0..parts {
+            simd.call(tiles::Pack {
+                from: keys.wrapping_add(part * tiles::COLUMNS),
+                stride: tile.block_size,
+                rows: 0..tile.head_dim,
+                to: &mut *packed,
+                prefetch,
+                first_pair: part * pairs,
+            });
+            let product = tiles::Product {
+                left: queries.as_ptr().cast(),
+                left_stride: tile.head_dim,
+                num_rows: tile.num_queries(),
+                packed,
+                out: out.wrapping_add(part * tiles::COLUMNS),
+                out_stride: tile.unit_width() * LANES,
+                adds: false,
+            };
+            // SAFETY: queries have `head_dim` elements each, scores whole blocks.
+            unsafe { product.run(&mut buffers.shaped) }
+        }
+    }
+}
+
+/// Adds the weighted values of a unit to the sums of all queries, by tiles.
+struct SumTiles<'u, 'a, 'b, 'c, T> {
+    unit: &'u mut Unit<'a, 'b, 'c, T>,
+}
+
+impl<T: Float> Kernel for SumTiles<'_, '_, '_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let unit = self.unit;
+        let num_rows = unit.tile.query.rows();
+        let (num_queries, unit_width) = (unit.tile.num_queries(), unit.tile.unit_width());
+        for query in 0..num_queries {
+            let lanes = unit.visible_lanes(query);
+            let Buffers { scores, tiles: Some(buffers), .. } = &mut *unit.buffers else { return };
+            simd.call(tiles::RoundWeights {
+                weights: &scores[query * unit_width..][..unit_width],
+                seen: if lanes.is_empty() { 0..0 } else { lanes.start / LANES..lanes.end.div_ceil(LANES) },
+                to: buffers.weights.as_mut_ptr().cast::<bf16>().wrapping_add(query * unit_width * LANES),
+            });
+        }
+        // Zero times what is not finite is NaN, so rows that do not see it must not meet it.
+        let mut apart = false;
+        if unit.seen_by(0) != unit.seen_by(num_rows - 1) {
+            for block in unit.blocks.clone() {
+                let values = unit.tile.block_of(unit.tile.values, block);
+                let (at, len) = (values.as_ptr().cast(), values.len());
+                simd.call(tiles::FindNonFinite { values: at, len, found: &mut apart });
+            }
+        }
+        if apart {
+            for row in 0..num_rows {
+                simd.call(SumRows { unit, rows: row..row + 1 });
+            }
+        } else {
+            simd.call(SumRows { unit, rows: 0..num_rows });
+        }
+    }
+}
+
+/// The same of some rows, with what none of them sees as zeros.
+struct SumRows<'u, 'a, 'b, 'c, T> {
+    unit: &'u mut Unit<'a, 'b, 'c, T>,
+    rows: Range<usize>,
+}
+
+impl<T: Float> Kernel for SumRows<'_, '_, '_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { unit, rows } = self;
+        let (tile, blocks, group) = (unit.tile, unit.blocks.clone(), unit.tile.group());
+        let seen = unit.seen_by(rows.start).start..unit.seen_by(rows.end - 1).end;
+        let (first, num_queries) = (rows.start * group, rows.len() * group);
+        let (unit_width, sum_stride) = (tile.unit_width(), state::len(tile.depth()) * LANES);
+        let Buffers { tiles: Some(buffers), .. } = &mut *unit.buffers else { return };
+        let block_steps = tile.block_size / TILE_K;
+        let packed = &mut buffers.packed[..tiles::packed_len(blocks.len() * block_steps)];
+        let first_weight = (blocks.start - unit.begin) * tile.block_size;
+        if num_queries < tile.num_queries() {
+            buffers.shaped.reshape(num_queries.min(TILE), TILE);
+        }
+        for part in 0..tile.head_dim / tiles::COLUMNS {
+            for (block, packed) in blocks.clone().zip(packed.chunks_exact_mut(tiles::packed_len(block_steps)))
+            {
+                let next = match block + 1 {
+                    next if next < blocks.end => (tile.values, next),
+                    next => (tile.keys, next),
+                };
+                let far = (tile.values, block + unit_blocks(tile.block_size));
+                let (begin, end) = (block * tile.block_size, (block + 1) * tile.block_size);
+                simd.call(tiles::Pack {
+                    from: tile.block_of(tile.values, block)[part * tiles::COLUMNS..].as_ptr().cast(),
+                    stride: tile.head_dim,
+                    // What lies at other places may be an earlier sequence's, and NaN.
+                    rows: seen.start.clamp(begin, end) - begin..seen.end.clamp(begin, end) - begin,
+                    to: packed,
+                    prefetch: match part {
+                        0 => tile.prefetch(next, far, tile.block_size / 2),
+                        _ => Prefetch::NONE,
+                    },
+                    first_pair: 0,
+                });
+            }
+            let weights = buffers.weights.as_ptr().cast::<bf16>();
+            let sums = unit.states.as_mut_ptr().cast::<f32>();
+            let product = tiles::Product {
+                left: weights.wrapping_add(first * unit_width * LANES + first_weight),
+                left_stride: unit_width * LANES,
+                num_rows: num_queries,
+                packed,
+                out: sums.wrapping_add(first * sum_stride + part * tiles::COLUMNS),
+                out_stride: sum_stride,
+                adds: true,
+            };
+            // SAFETY: weights are those of the unit, of which these blocks are a part; sums have `head_dim` elements.
+            unsafe { product.run(&mut buffers.shaped) }
+        }
+        if num_queries < tile.num_queries() {
+            buffers.shaped.reshape(tile.num_queries().min(TILE), TILE);
         }
     }
 }
