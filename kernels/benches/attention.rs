@@ -1,7 +1,7 @@
 //! Attention over paged keys and values against what the machine gives: decode rows at a long context against the rate of
 //! reading memory, prompts against that of multiply-adds.
 //!
-//! `cargo bench --profile release --locked --workspace --bench attention [-- THREADS] [LEVEL] [SHAPE]`. With one thread the times are CPU
+//! `cargo bench --profile release --locked --workspace --bench attention [-- [THREADS] [LEVEL] [SHAPE] [BF16 | F32] [prefill]]`. With one thread the times are CPU
 //! times of the process; with more they are those of the wall clock.
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 #![expect(unsafe_code, reason = "the probes read a clock of the system")]
@@ -53,7 +53,11 @@ fn main() {
     );
     let only = std::env::args().skip(1).find(|arg| SHAPES.iter().any(|shape| shape.name == arg));
     let shapes = SHAPES.into_iter().filter(|shape| only.as_deref().is_none_or(|only| only == shape.name));
-    for (shape, dtype) in shapes.flat_map(|shape| [DType::BF16, DType::F32].map(|dtype| (shape, dtype))) {
+    let dtypes = [DType::BF16, DType::F32].into_iter().filter(|dtype| {
+        let asked = |dtype: &DType| std::env::args().any(|arg| arg == format!("{dtype:?}"));
+        asked(dtype) || ![DType::BF16, DType::F32].iter().any(asked)
+    });
+    for (shape, dtype) in shapes.flat_map(|shape| dtypes.clone().map(move |dtype| (shape, dtype))) {
         for (sequences, len) in
             [(1, 8192), (4, 8192), (8, 512)].into_iter().filter(|_| !std::env::args().any(|a| a == "prefill"))
         {

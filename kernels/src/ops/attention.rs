@@ -416,7 +416,7 @@ impl<'a> Attention<'a> {
         let first = start + (planned.tiles - 1 - task) * self.tile_rows();
         let rows = Rows { sequence, first, len: self.tile_rows().min(end - first), end };
         let output = self.output(rows, kv_head);
-        context.level().run(Whole { tile: self.tile::<T>(rows, kv_head), output });
+        context.level().run_with_dots(Whole { tile: self.tile::<T>(rows, kv_head), output });
     }
 
     /// Some of the splits of a sequence with a single tile.
@@ -439,7 +439,7 @@ impl<'a> Attention<'a> {
         };
         let splits = planned.splits.start + own.start..planned.splits.start + own.end;
         let tile = self.tile::<T>(rows, kv_head);
-        context.level().run(Splits { tile, states: states(own), range: splits });
+        context.level().run_with_dots(Splits { tile, states: states(own), range: splits });
         // Release what was written here, acquire what the others wrote.
         if plan.parts_left[planned.first_left + kv_head].fetch_sub(1, Ordering::AcqRel) == 1 {
             let output = self.output(rows, kv_head);

@@ -208,6 +208,15 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Simd::store`].
     unsafe fn store_bf16(self, to: *mut bf16, value: Self::Vector);
+    /// As [`Simd::store_bf16`]; denormal numbers may become zeros, as products of bf16 take them.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    #[inline(always)]
+    unsafe fn store_bf16_factor(self, to: *mut bf16, value: Self::Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_bf16(to, value) }
+    }
     /// Asks for the cache line at `address`, which may be any.
     fn prefetch(self, address: *const u8);
     /// As [`Simd::prefetch`], for the L2 cache: for what is used later.

@@ -354,7 +354,7 @@ impl<T: Float> Tile<'_, T> {
                 // SAFETY: a part is a vector; the queries have room for each.
                 unsafe {
                     let scaled = simd.mul(simd.load(part.as_ptr()), scale);
-                    bf16::store(simd, to.add(query * self.head_dim + i * LANES), scaled);
+                    simd.store_bf16_factor(to.add(query * self.head_dim + i * LANES), scaled);
                 }
             }
         }
@@ -414,12 +414,15 @@ impl<T: Float> Kernel for Unit<'_, '_, '_, T> {
         for query in 0..num_queries {
             self.rescale(simd, query);
         }
-        for query in 0..num_queries {
-            self.weigh(simd, query);
-        }
         if self.buffers.tiles.is_some() {
+            for query in 0..num_queries {
+                self.weigh_for_tiles(simd, query);
+            }
             simd.call(SumTiles { unit: &mut self });
             return;
+        }
+        for query in 0..num_queries {
+            self.weigh(simd, query);
         }
         for block in self.blocks.clone() {
             self.sum_values(simd, block);
@@ -542,6 +545,39 @@ impl<T: Float> Unit<'_, '_, '_, T> {
                 let weight = exp_of_nonpositive(simd, simd.sub(score, max));
                 simd.store(lanes.0.as_mut_ptr(), weight);
                 total = simd.add(total, weight);
+            }
+        }
+        State::of(self.states, query, depth).add_total(simd.sum(total));
+    }
+
+    /// As [`Unit::weigh`], with weights rounded to bf16, zeros for what the query does not see. The total is that of the weights
+    /// before.
+    #[inline(always)]
+    fn weigh_for_tiles<S: Simd>(&mut self, simd: S, query: usize) {
+        let (lanes, depth, width) = (self.visible_lanes(query), self.tile.depth(), self.tile.unit_width());
+        let seen = match lanes.is_empty() {
+            true => 0..0,
+            false => lanes.start / LANES..lanes.end.div_ceil(LANES),
+        };
+        let max = simd.splat(State::of(self.states, query, depth).max());
+        let Buffers { scores, tiles: Some(buffers), .. } = &mut *self.buffers else { return };
+        let scores = &scores[query * width..][..width];
+        let to = buffers.weights.as_mut_ptr().cast::<bf16>().wrapping_add(query * width * LANES);
+        let zero = simd.splat(0.0);
+        let mut total = zero;
+        // SAFETY: lanes are a vector; weights have room for those of each query.
+        unsafe {
+            for vector in (0..seen.start).chain(seen.end..width) {
+                simd.store_bf16_factor(to.add(vector * LANES), zero);
+            }
+            for vector in seen.clone() {
+                let score = simd.load(scores[vector].0.as_ptr());
+                let weight = exp_of_nonpositive(simd, simd.sub(score, max));
+                simd.store_bf16_factor(to.add(vector * LANES), weight);
+                total = simd.add(total, weight);
+            }
+            for lane in (seen.start * LANES..lanes.start).chain(lanes.end..seen.end * LANES) {
+                to.add(lane).write(bf16::ZERO);
             }
         }
         State::of(self.states, query, depth).add_total(simd.sum(total));
@@ -707,16 +743,6 @@ impl<T: Float> Kernel for SumTiles<'_, '_, '_, '_, T> {
     fn run<S: Simd>(self, simd: S) {
         let unit = self.unit;
         let num_rows = unit.tile.query.rows();
-        let (num_queries, unit_width) = (unit.tile.num_queries(), unit.tile.unit_width());
-        for query in 0..num_queries {
-            let lanes = unit.visible_lanes(query);
-            let Buffers { scores, tiles: Some(buffers), .. } = &mut *unit.buffers else { return };
-            simd.call(tiles::RoundWeights {
-                weights: &scores[query * unit_width..][..unit_width],
-                seen: if lanes.is_empty() { 0..0 } else { lanes.start / LANES..lanes.end.div_ceil(LANES) },
-                to: buffers.weights.as_mut_ptr().cast::<bf16>().wrapping_add(query * unit_width * LANES),
-            });
-        }
         // Zero times what is not finite is NaN, so rows that do not see it must not meet it.
         let mut apart = false;
         if unit.seen_by(0) != unit.seen_by(num_rows - 1) {

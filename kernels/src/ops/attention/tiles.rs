@@ -123,32 +123,6 @@ impl Product<'_> {
     }
 }
 
-/// Rounds a query's weights of a unit to bf16, zeros where it sees nothing.
-pub(super) struct RoundWeights<'a> {
-    /// Of all of the unit.
-    pub(super) weights: &'a [Lanes],
-    /// Vectors of which it sees something.
-    pub(super) seen: Range<usize>,
-    /// As many as there are weights.
-    pub(super) to: *mut bf16,
-}
-
-impl Kernel for RoundWeights<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for (vector, weights) in self.weights.iter().enumerate() {
-            // SAFETY: lanes are a vector, for each of which there is room.
-            unsafe {
-                let weights = match self.seen.contains(&vector) {
-                    true => simd.load(weights.0.as_ptr()),
-                    false => simd.splat(0.0),
-                };
-                bf16::store(simd, self.to.add(vector * LANES), weights);
-            }
-        }
-    }
-}
-
 /// Whether there is an infinity or NaN among whole vectors of values.
 pub(super) struct FindNonFinite<'a> {
     pub(super) values: *const bf16,

@@ -140,10 +140,10 @@ pub(super) fn x_vector<S: Simd>(simd: S, x: View<'_>, row: usize, per_lane: usiz
             return f32::load_part(simd, from, left.min(LANES));
         }
         let first = f32::load_part(simd, from, left.min(LANES));
-        bf16::store(simd, pairs.as_mut_ptr(), first);
+        simd.store_bf16_factor(pairs.as_mut_ptr(), first);
         if left > LANES {
             let second = f32::load_part(simd, from.add(LANES), (left - LANES).min(LANES));
-            bf16::store(simd, pairs.as_mut_ptr().add(LANES), second);
+            simd.store_bf16_factor(pairs.as_mut_ptr().add(LANES), second);
         }
         simd.load(pairs.as_ptr().cast())
     }
