@@ -151,9 +151,12 @@ impl Cached {
         for head in 0..kv_heads * group {
             let q: Vec<f64> = query.view().row::<f32>(position)[head * head_dim..][..head_dim]
                 .iter()
-                .map(|&q| match tiled {
-                    true => bf16::from_f32(q * self.scale() as f32).to_f64() / self.scale(),
-                    false => f64::from(q),
+                .map(|&q| {
+                    if tiled {
+                        bf16::from_f32(q * self.scale() as f32).to_f64() / self.scale()
+                    } else {
+                        f64::from(q)
+                    }
                 })
                 .collect();
             let scores: Vec<f64> = (first..=position)

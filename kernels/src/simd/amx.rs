@@ -29,6 +29,7 @@ impl Amx {
 
     /// Shapes the tile registers of this thread, until the result is dropped: `rows` of the left operand, `columns` of the
     /// right one, at most [`TILE`] each.
+    #[expect(clippy::unused_self, reason = "a value is the proof that the instructions exist")]
     pub(crate) fn shape(self, rows: usize, columns: usize) -> Shaped {
         let mut shaped = Shaped { columns, of_this_thread: PhantomData };
         shaped.reshape(rows, columns);
@@ -76,6 +77,16 @@ fn ask_system() -> bool {
     false
 }
 
+/// What the instruction reads (Intel's manual, "TILECFG").
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
 /// Tile registers of this thread, in use.
 pub(crate) struct Shaped {
     columns: usize,
@@ -85,7 +96,9 @@ pub(crate) struct Shaped {
 impl Drop for Shaped {
     fn drop(&mut self) {
         // SAFETY: the CPU has the instruction; nobody else uses tile registers.
-        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+        unsafe {
+            asm!("tilerelease", options(nostack, preserves_flags));
+        }
     }
 }
 
@@ -156,15 +169,6 @@ impl Shaped {
     /// Another shape, as of [`Amx::shape`]; what is in registers is lost.
     pub(crate) fn reshape(&mut self, rows: usize, columns: usize) {
         assert!((1..=TILE).contains(&rows) && (1..=TILE).contains(&columns), "{rows} x {columns}");
-        /// What the instruction reads (Intel's manual, "TILECFG").
-        #[repr(C, align(64))]
-        struct Config {
-            palette: u8,
-            start_row: u8,
-            reserved: [u8; 14],
-            row_bytes: [u16; 16],
-            rows: [u8; 16],
-        }
         let (sums, left, right) = ((rows, 4 * columns), (rows, TILE_ROW_BYTES), (TILE, 4 * columns));
         let shapes = [sums, sums, sums, sums, left, left, right, right];
         let mut config =
@@ -174,7 +178,7 @@ impl Shaped {
         }
         // SAFETY: the CPU has the instruction, `config` is a valid palette, and only this module uses tile registers.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags))
+            asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
         }
         self.columns = columns;
     }
@@ -197,7 +201,7 @@ impl Shaped {
         debug_assert!(steps > 0 && (RIGHT == 1 || self.columns == TILE));
         let right_line = 4 * self.columns;
         macro_rules! run {
-            ([$($tile:literal $row:literal $offset:literal)*], $($line:literal,)*) => {
+            ([$($tile:literal $row:literal $offset:literal)*], $($line:literal,)*) => {{
                 tile_loop!(
                     steps, sums, [$($tile $row $offset)*],
                     "tileloadd tmm4, [{left} + {left_line}*1]",
@@ -210,8 +214,8 @@ impl Shaped {
                     right = inout(reg) right => _,
                     right_line = in(reg) right_line,
                     right_step = in(reg) RIGHT * TILE * right_line
-                )
-            };
+                );
+            }};
         }
         // SAFETY: the caller's promise.
         unsafe {
@@ -234,7 +238,7 @@ impl Shaped {
                         "tileloadd tmm7, [{right} + {right_line}*1 + 1024]", "tdpbf16ps tmm1, tmm4, tmm7",
                         "tileloadd tmm6, [{right} + {right_line}*1 + 2048]", "tdpbf16ps tmm2, tmm4, tmm6",
                         "tileloadd tmm7, [{right} + {right_line}*1 + 3072]", "tdpbf16ps tmm3, tmm4, tmm7",
-                    )
+                    );
                 }
                 _ => unreachable!("no registers for {RIGHT} tiles"),
             }
@@ -258,7 +262,7 @@ impl Shaped {
     ) {
         debug_assert!(steps > 0 && self.columns == TILE);
         macro_rules! run {
-            ([$($tile:literal $row:literal $offset:literal)*], $($line:literal,)*) => {
+            ([$($tile:literal $row:literal $offset:literal)*], $($line:literal,)*) => {{
                 tile_loop!(
                     steps, sums, [$($tile $row $offset)*],
                     "tileloadd tmm4, [{left} + {left_line}*1]",
@@ -282,8 +286,8 @@ impl Shaped {
                     soon = inout(reg) ahead.soon => _,
                     later = inout(reg) ahead.later => _,
                     lower_sums = in(reg) sums.first.cast::<u8>().wrapping_add(TILE * sums.stride)
-                )
-            };
+                );
+            }};
         }
         // SAFETY: the caller's promise.
         unsafe {
@@ -298,7 +302,7 @@ impl Shaped {
                         "tileloadd tmm5, [{lower} + {left_line}*1]", "tdpbf16ps tmm2, tmm5, tmm6",
                         "tdpbf16ps tmm3, tmm5, tmm7",
                         "add {right}, 2048",
-                    )
+                    );
                 }
                 _ => unreachable!("no registers for {RIGHT} tiles"),
             }

@@ -555,10 +555,7 @@ impl<T: Float> Unit<'_, '_, '_, T> {
     #[inline(always)]
     fn weigh_for_tiles<S: Simd>(&mut self, simd: S, query: usize) {
         let (lanes, depth, width) = (self.visible_lanes(query), self.tile.depth(), self.tile.unit_width());
-        let seen = match lanes.is_empty() {
-            true => 0..0,
-            false => lanes.start / LANES..lanes.end.div_ceil(LANES),
-        };
+        let seen = if lanes.is_empty() { 0..0 } else { lanes.start / LANES..lanes.end.div_ceil(LANES) };
         let max = simd.splat(State::of(self.states, query, depth).max());
         let Buffers { scores, tiles: Some(buffers), .. } = &mut *self.buffers else { return };
         let scores = &scores[query * width..][..width];

@@ -135,7 +135,8 @@ pub(super) fn x_vector<S: Simd>(simd: S, x: View<'_>, row: usize, per_lane: usiz
     let mut pairs = [bf16::ZERO; 2 * LANES];
     // SAFETY: within the row; a vector and its second half are asked for as far as the row goes.
     unsafe {
-        let from = x.ptr.cast::<f32>().add(row * x.row_stride + start);
+        let elements: *const f32 = x.ptr.cast();
+        let from = elements.add(row * x.row_stride + start);
         if per_lane == 1 {
             return f32::load_part(simd, from, left.min(LANES));
         }

@@ -336,13 +336,13 @@ impl Kernel for Copy<'_> {
         let (k, num_outputs) = (block.x.k, PANEL_OUTPUTS.min(block.num_outputs - output));
         for (i, part) in panel.chunks_mut(TOGETHER * PANEL_OUTPUTS).enumerate() {
             for row in 0..PANEL_OUTPUTS {
-                let lines = part[row..].iter_mut().step_by(PANEL_OUTPUTS).enumerate();
+                let lines = part[row..].iter_mut().step_by(PANEL_OUTPUTS);
                 if row >= num_outputs {
-                    lines.for_each(|(_, line)| *line = Lanes::ZERO);
+                    lines.for_each(|line| *line = Lanes::ZERO);
                     continue;
                 }
                 let weights = block.weights.wrapping_add((output + row) * block.weight_stride);
-                for (step, line) in lines {
+                for (step, line) in lines.enumerate() {
                     let start = (i * TOGETHER + step) * TILE_K;
                     let (from, len) = (weights.wrapping_add(start), TILE_K.min(k - start));
                     // SAFETY: `len` elements can be read of the row; a line of the panel is a vector.
