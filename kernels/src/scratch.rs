@@ -77,7 +77,7 @@ mod tests {
             lanes.fill(Lanes([len as f32; 16]));
             let first = lanes.as_ptr();
             assert_eq!(scratch.lanes(1).as_ptr(), first, "less is a part of what is there");
-            assert_eq!(scratch.lanes(len)[len - 1].0, [len as f32; 16]);
+            assert_eq!(scratch.lanes(len)[len - 1].0.map(f32::to_bits), [(len as f32).to_bits(); 16]);
         }
     }
 }
