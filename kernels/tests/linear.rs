@@ -61,8 +61,7 @@ fn rounds_x(level: Level, weight: Weight<'_>) -> bool {
 
 /// The instruction sets of this machine, with single-threaded contexts.
 fn named_levels() -> Vec<(Level, Context)> {
-    let available = Level::ALL.into_iter().filter(|level| level.is_available());
-    available.map(|level| (level, Context::cpu_with_level(1, level))).collect()
+    Level::ALL.into_iter().filter(|level| level.is_available()).zip(levels()).collect()
 }
 
 /// The same weight in every layout.
@@ -376,16 +375,74 @@ fn candle_is_a_second_witness() {
 }
 
 #[test]
-fn nan_reaches_its_row_and_no_other() {
+fn what_is_not_finite_reaches_its_row_and_no_other() {
     let mut rng = rng(8);
-    for context in levels() {
-        for rows in [3, 40] {
-            let weight = tensor(&mut rng, 9, 37, DType::BF16);
-            let mut x = tensor(&mut rng, rows, 37, DType::F32);
-            x.as_mut_slice::<f32>()[37 + 36] = f32::NAN;
-            let got = run(&context, x.view(), &[LinearPart { weight: Weight::Dense(&weight), bias: None }]);
-            for (i, value) in got.iter().enumerate() {
-                assert_eq!(value.is_nan(), i / 9 == 1);
+    let weights = Layouts::random(&mut rng, 9, 37);
+    // One of the NaN whose upper half alone would be an infinity.
+    let signaling = f32::from_bits(0x7f80_0001);
+    for (level, context) in named_levels() {
+        for bad in [f32::NAN, signaling, -signaling, f32::INFINITY, f32::NEG_INFINITY] {
+            for rows in [2, 3, 7, 12, 40] {
+                let mut x = tensor(&mut rng, rows, 37, DType::F32);
+                x.as_mut_slice::<f32>()[37 + 36] = bad;
+                for weight in weights.all() {
+                    let parts = [LinearPart { weight, bias: None }];
+                    let (got, want) = (run(&context, x.view(), &parts), reference(level, &x, &parts));
+                    for (i, (&got, want)) in got.iter().zip(want).enumerate() {
+                        let what = format!("{level:?}, row {} of {rows}, {weight:?}: {got}, {want}", i / 9);
+                        assert_eq!(got.is_finite(), i / 9 != 1, "{what}");
+                        // Infinity times zero is NaN.
+                        assert!(got.is_finite() || got.is_nan() == want.is_nan(), "{what}");
+                        assert!(!got.is_infinite() || f64::from(got).total_cmp(&want).is_eq(), "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A single product for each output, so that what each part of an x contributes is seen.
+#[test]
+fn int8_weights_are_multiplied_with_all_bits_of_x() {
+    let mut rng = rng(15);
+    let ints = [1_i8, -1, 127, -128, 77, -3];
+    let k = 45;
+    let at = |output: usize| (7 * output + 3) % k;
+    let mut values = Tensor::zeros(ints.len(), k, DType::U8);
+    for (output, int) in ints.into_iter().enumerate() {
+        values.as_mut_slice::<u8>()[output * k + at(output)] = int.cast_unsigned();
+    }
+    let weight = Int8Weight::new(values, Tensor::from_slice(&[1.0_f32; 6], 1, 6)).expect("shapes fit");
+    let part = LinearPart { weight: Weight::Int8(&weight), bias: None };
+    let mut cases = vec![1.0, 1.0 + f32::EPSILON, 2.0 - f32::EPSILON, f32::MAX, -f32::MAX, 0.1, -1e-30, 0.0];
+    let random = uniform(&mut rng, 200);
+    cases.extend(random.into_iter().map(|x| x * f32::powi(2.0, rng.random_range(-90..100))));
+    // Below the least normal number there is nothing in tiles, nor are there parts of numbers that are.
+    cases.extend([1e-36, f32::MIN_POSITIVE, f32::MIN_POSITIVE / 3.0, 1e-45]);
+    for (level, context) in named_levels() {
+        let lost = if level == Level::Amx { 3.0 * f64::from(f32::MIN_POSITIVE) } else { 0.0 };
+        for rows in [1, 4, 8, 16, 40] {
+            for cases in cases.chunks(rows) {
+                let mut x = Tensor::zeros(rows, k, DType::F32);
+                for (row, &case) in x.as_mut_slice::<f32>().chunks_mut(k).zip(cases) {
+                    (0..ints.len()).for_each(|output| row[at(output)] = case);
+                }
+                let got = run(&context, x.view(), &[part]);
+                for (got, case) in got.chunks(ints.len()).zip(cases) {
+                    for (&got, int) in got.iter().zip(ints) {
+                        let want = f64::from(*case) * f64::from(int);
+                        let what = format!("{level:?}, {rows} rows: {case} * {int} is {got}");
+                        if want.abs() > f64::from(f32::MAX) {
+                            assert!(got.is_infinite() && got.is_sign_positive() == (want > 0.0), "{what}");
+                            continue;
+                        }
+                        // A power of two is exact; of others, sums of parts are rounded, too.
+                        let ulps = if int.unsigned_abs().is_power_of_two() { 0.0 } else { 1.0 };
+                        let tolerance = ulps * want.abs() * f64::from(f32::EPSILON)
+                            + lost * f64::from(int.unsigned_abs());
+                        assert!((f64::from(got) - want).abs() <= tolerance, "{what}");
+                    }
+                }
             }
         }
     }

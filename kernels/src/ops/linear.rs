@@ -3,7 +3,8 @@
 //! Each output is one dot product with one fixed order of additions: sixteen lanes along k, a tail padded with zeros, then
 //! the lanes as a tree. Tiles, panels and threads choose only *when* a product is added, never to what, so a row's
 //! result is the same to the bit in any company. Where the CPU multiplies bf16, a bf16 weight is multiplied so for any
-//! number of rows: x is rounded to bf16, sums are f32.
+//! number of rows: x is rounded to bf16, sums are f32. Where it multiplies tiles of bf16, an int8 weight is multiplied so with
+//! all bits of x.
 //!
 //! On a GPU, x has the type of dense weights, and what a row's sums are added up from depends on the number of rows: up to 16
 //! of them give the same bits in any number, see `cuda/few.rs`.
@@ -38,6 +39,7 @@ use format::{Bf16Pairs, Format, Widened};
 pub use gated::{GatedLinear, linear_gated};
 pub use grouped::{Experts, linear_grouped};
 use input::{Form, Input, Order};
+use tiles::{TileBlock, Tiled};
 pub use weight::{Int8Weight, Weight};
 
 /// One of the weights that are multiplied with the same input.
@@ -49,12 +51,32 @@ pub struct LinearPart<'a> {
     pub bias: Option<&'a Tensor>,
 }
 
+/// How products are computed, which a level and a layout decide: parts of one method have x in one form.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Method {
+    /// Of f32, weights widened to it.
+    Widened,
+    /// Of pairs of bf16.
+    Pairs,
+    /// Of tiles of bf16.
+    Tiles,
+    /// Of tiles of bf16, with x as the sum of several.
+    SplitTiles,
+}
+
+impl Method {
+    const ALL: [Self; 4] = [Self::Widened, Self::Pairs, Self::Tiles, Self::SplitTiles];
+}
+
 impl LinearPart<'_> {
-    /// Elements that a lane takes at once.
-    fn per_lane(&self, level: Level) -> usize {
-        match self.weight {
-            Weight::Dense(weight) if weight.dtype() == DType::BF16 && level.has_dot_bf16() => 2,
-            _ => 1,
+    fn method(&self, level: Level) -> Method {
+        match (self.weight, level.amx()) {
+            (Weight::Int8(_), Some(_)) => Method::SplitTiles,
+            (Weight::Dense(weight), Some(_)) if weight.dtype() == DType::BF16 => Method::Tiles,
+            (Weight::Dense(weight), None) if weight.dtype() == DType::BF16 && level.has_dot_bf16() => {
+                Method::Pairs
+            }
+            _ => Method::Widened,
         }
     }
 }
@@ -96,13 +118,13 @@ fn product(
     }
     let per_task = outputs_per_task(context.num_threads(), x, parts, total);
     let out = SharedRows::new(out);
-    for per_lane in [1, 2] {
-        if parts.iter().all(|part| part.per_lane(level) != per_lane) {
+    for method in Method::ALL {
+        if parts.iter().all(|part| part.method(level) != method) {
             continue;
         }
         INPUT.with_borrow_mut(|memory| {
-            let x = Prepared::new(context, x, per_lane, memory);
-            let product = Product { level, x, per_lane, parts, out, adds };
+            let x = Prepared::new(context, x, method, memory);
+            let product = Product { level, x, method, parts, out, adds };
             context.parallel_for(total.div_ceil(per_task), |task| {
                 let outputs = task * per_task..total.min((task + 1) * per_task);
                 level.run_with_dots(Outputs { product: &product, outputs });
@@ -121,13 +143,21 @@ enum Prepared {
 
 impl Prepared {
     /// Prepares `x` in `memory`, which must live as long as the result is used.
-    fn new(context: &Context, x: View<'_>, per_lane: usize, memory: &mut Scratch) -> Self {
+    fn new(context: &Context, x: View<'_>, method: Method, memory: &mut Scratch) -> Self {
         let level = context.level();
-        if let (2, Some(amx)) = (per_lane, level.amx()) {
-            return Self::Tiles { x: tiles::Bands::prepare(context, x, memory), amx };
+        match (method, level.amx()) {
+            (Method::Tiles, Some(amx)) => {
+                Self::Tiles { x: tiles::Bands::prepare::<tiles::InBf16>(context, x, memory), amx }
+            }
+            (Method::SplitTiles, Some(amx)) => {
+                Self::Tiles { x: tiles::Bands::prepare::<tiles::InSplitF32>(context, x, memory), amx }
+            }
+            _ => {
+                let per_lane = if method == Method::Pairs { 2 } else { 1 };
+                let form = form(level, x.rows(), per_lane);
+                Self::Vectors { x: Input::prepare(context, x, form, memory), order: form.order }
+            }
         }
-        let form = form(level, x.rows(), per_lane);
-        Self::Vectors { x: Input::prepare(context, x, form, memory), order: form.order }
     }
 }
 
@@ -210,7 +240,7 @@ struct Product<'a> {
     level: Level,
     x: Prepared,
     /// Of the parts that are computed.
-    per_lane: usize,
+    method: Method,
     parts: &'a [LinearPart<'a>],
     out: SharedRows<'a>,
     adds: bool,
@@ -230,17 +260,22 @@ impl Kernel for Outputs<'_> {
             let all = column..column + part.weight.rows();
             let outputs = self.outputs.start.max(all.start)..self.outputs.end.min(all.end);
             column = all.end;
-            if outputs.is_empty() || part.per_lane(self.product.level) != self.product.per_lane {
+            if outputs.is_empty() || part.method(self.product.level) != self.product.method {
                 continue;
             }
             let share = Share { product: self.product, part, column: all.start, outputs };
             match (self.product.x, part.weight) {
-                (Prepared::Tiles { x, amx }, Weight::Dense(weight)) => simd.call(share.tiles(weight, x, amx)),
-                (Prepared::Tiles { .. }, Weight::Int8(_)) => unreachable!("see LinearPart::per_lane"),
+                (Prepared::Tiles { x, amx }, Weight::Dense(weight)) => {
+                    simd.call(share.tiles::<tiles::InBf16>(weight, None, x, amx));
+                }
+                (Prepared::Tiles { x, amx }, Weight::Int8(weight)) => {
+                    let scales = Some(weight.scales());
+                    simd.call(share.tiles::<tiles::InSplitF32>(weight.values(), scales, x, amx));
+                }
                 (Prepared::Vectors { x, order }, Weight::Dense(weight)) => match weight.dtype() {
                     DType::F32 => simd.call(share.block::<Widened<f32>>(weight, None, x, order)),
                     DType::F16 => simd.call(share.block::<Widened<f16>>(weight, None, x, order)),
-                    DType::BF16 if self.product.per_lane == 2 => {
+                    DType::BF16 if self.product.method == Method::Pairs => {
                         simd.call(share.block::<Bf16Pairs>(weight, None, x, order));
                     }
                     DType::BF16 => simd.call(share.block::<Widened<bf16>>(weight, None, x, order)),
@@ -283,15 +318,21 @@ impl Share<'_> {
         }
     }
 
-    fn tiles(&self, weight: &Tensor, x: tiles::Bands, amx: Amx) -> tiles::TileBlock {
-        let weights = weight.view().narrow_rows(self.first(), self.outputs.len());
-        tiles::TileBlock {
+    fn tiles<F: Tiled>(
+        &self,
+        values: &Tensor,
+        scales: Option<&Tensor>,
+        x: tiles::Bands,
+        amx: Amx,
+    ) -> TileBlock<F> {
+        let weights = values.view().narrow_rows(self.first(), self.outputs.len());
+        TileBlock {
             amx,
             weights: weights.ptr.cast(),
             weight_stride: weights.row_stride,
             num_outputs: self.outputs.len(),
             x,
-            finish: self.finish(None),
+            finish: self.finish(scales),
         }
     }
 

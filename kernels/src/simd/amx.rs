@@ -185,8 +185,7 @@ impl Shaped {
 
     /// One tile of rows times `RIGHT` (1 to 4) tiles side by side, over `steps` (at least one) tiles of k.
     ///
-    /// `right`: `[step][tile][pair of k][column]`, without gaps; more than one tile have [`TILE`] columns. `sums`: a tile high,
-    /// `RIGHT` tiles wide.
+    /// `right`: `[step][tile][pair of k][column]`, without gaps. `sums`: a tile high, `RIGHT` full tiles wide.
     ///
     /// # Safety
     /// The operands can be read, and the sums written, as far as said, for the rows and columns of this shape.
@@ -198,22 +197,21 @@ impl Shaped {
         steps: usize,
         sums: Sums,
     ) {
-        debug_assert!(steps > 0 && (RIGHT == 1 || self.columns == TILE));
+        debug_assert!(steps > 0);
         let right_line = 4 * self.columns;
         macro_rules! run {
-            ([$($tile:literal $row:literal $offset:literal)*], $($line:literal,)*) => {{
+            ([$($tile:literal $row:literal $offset:literal)*], $($load:literal $product:literal,)*) => {{
                 tile_loop!(
                     steps, sums, [$($tile $row $offset)*],
                     "tileloadd tmm4, [{left} + {left_line}*1]",
-                    $($line,)*
+                    $($load, "add {right}, {right_tile}", $product,)*
                     "add {left}, {left_step}",
-                    "add {right}, {right_step}",
                     in: left = inout(reg) left.first => _,
                     left_line = in(reg) left.stride,
                     left_step = in(reg) left.step,
                     right = inout(reg) right => _,
                     right_line = in(reg) right_line,
-                    right_step = in(reg) RIGHT * TILE * right_line
+                    right_tile = in(reg) TILE * right_line
                 );
             }};
         }
@@ -221,26 +219,106 @@ impl Shaped {
         unsafe {
             match RIGHT {
                 1 => run!(["tmm0" "{sums}" "0"],
-                    "tileloadd tmm6, [{right} + {right_line}*1]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
                 ),
                 2 => run!(["tmm0" "{sums}" "0" "tmm1" "{sums}" "64"],
-                    "tileloadd tmm6, [{right} + {right_line}*1]", "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{right} + {right_line}*1 + 1024]", "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm1, tmm4, tmm7",
                 ),
                 3 => run!(["tmm0" "{sums}" "0" "tmm1" "{sums}" "64" "tmm2" "{sums}" "128"],
-                    "tileloadd tmm6, [{right} + {right_line}*1]", "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{right} + {right_line}*1 + 1024]", "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm6, [{right} + {right_line}*1 + 2048]", "tdpbf16ps tmm2, tmm4, tmm6",
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm2, tmm4, tmm6",
                 ),
                 4 => {
                     run!(["tmm0" "{sums}" "0" "tmm1" "{sums}" "64" "tmm2" "{sums}" "128" "tmm3" "{sums}" "192"],
-                        "tileloadd tmm6, [{right} + {right_line}*1]", "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{right} + {right_line}*1 + 1024]", "tdpbf16ps tmm1, tmm4, tmm7",
-                        "tileloadd tmm6, [{right} + {right_line}*1 + 2048]", "tdpbf16ps tmm2, tmm4, tmm6",
-                        "tileloadd tmm7, [{right} + {right_line}*1 + 3072]", "tdpbf16ps tmm3, tmm4, tmm7",
+                        "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm1, tmm4, tmm7",
+                        "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm2, tmm4, tmm6",
+                        "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm3, tmm4, tmm7",
                     );
                 }
                 _ => unreachable!("no registers for {RIGHT} tiles"),
+            }
+        }
+    }
+
+    /// Begins the sums of [`Shaped::add`] at zero.
+    #[expect(clippy::unused_self, reason = "only who has the registers may")]
+    pub(crate) fn zero(&mut self) {
+        // SAFETY: the CPU has the instruction, and the registers a shape.
+        unsafe {
+            asm!(
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+
+    /// One step of [`Shaped::row`] with up to three tiles, for a left operand without gaps that is made on the way. The sums stay in
+    /// registers, of which the compiler uses none, until any other function than [`Shaped::store`] is called.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub(crate) unsafe fn add<const RIGHT: usize>(&mut self, left: *const u8, right: *const u8) {
+        let right_line = 4 * self.columns;
+        macro_rules! run {
+            ($($load:literal $product:literal,)*) => {{
+                asm!(
+                    "tileloadd tmm4, [{left} + {left_line}*1]",
+                    $($load, "add {right}, {right_tile}", $product,)*
+                    left = in(reg) left,
+                    left_line = in(reg) TILE_ROW_BYTES,
+                    right = inout(reg) right => _,
+                    right_line = in(reg) right_line,
+                    right_tile = in(reg) TILE * right_line,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack, readonly)
+                );
+            }};
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match RIGHT {
+                1 => run!(
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                ),
+                2 => run!(
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm1, tmm4, tmm7",
+                ),
+                3 => run!(
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {right_line}*1]" "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{right} + {right_line}*1]" "tdpbf16ps tmm2, tmm4, tmm6",
+                ),
+                _ => unreachable!("no registers for {RIGHT} tiles"),
+            }
+        }
+    }
+
+    /// Writes the sums of [`Shaped::add`].
+    ///
+    /// # Safety
+    /// They can be written, for the rows and columns of this shape.
+    #[inline(always)]
+    #[expect(clippy::unused_self, reason = "only who has the registers may")]
+    pub(crate) unsafe fn store<const RIGHT: usize>(&mut self, first: *mut f32, stride: usize) {
+        macro_rules! run {
+            ($($line:literal)*) => {{
+                asm!($($line,)* sums = in(reg) first, line = in(reg) stride, options(nostack, preserves_flags));
+            }};
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            run!("tilestored [{sums} + {line}*1], tmm0");
+            if RIGHT > 1 {
+                run!("tilestored [{sums} + {line}*1 + 64], tmm1");
+            }
+            if RIGHT > 2 {
+                run!("tilestored [{sums} + {line}*1 + 128], tmm2");
             }
         }
     }

@@ -161,6 +161,15 @@ pub(crate) trait Simd: Copy {
     fn interleave(self, _a: Self::Vector, _b: Self::Vector) -> [Self::Vector; 2] {
         unreachable!("asked of the level")
     }
+    /// Each lane as a bf16, nearer to zero where it is none, and the rest: together, exactly the lane. An infinity and NaN have no
+    /// rest. Only where [`Level::amx`] is.
+    fn split_bf16(self, _a: Self::Vector) -> [Self::Vector; 2] {
+        unreachable!("asked of the level")
+    }
+    /// Lanes that are bf16 as pairs: `a` lower, `b` upper. Only where [`Level::amx`] is.
+    fn pair_bf16(self, _a: Self::Vector, _b: Self::Vector) -> Self::Vector {
+        unreachable!("asked of the level")
+    }
     /// Vector `i` of the result has lane `i` of each of the vectors.
     #[inline(always)]
     fn transpose(self, rows: [Self::Vector; LANES]) -> [Self::Vector; LANES] {

@@ -65,6 +65,20 @@ impl Shaped {
         match *self {}
     }
 
+    pub(crate) fn zero(&mut self) {
+        match *self {}
+    }
+
+    pub(crate) unsafe fn add<const RIGHT: usize>(&mut self, left: *const u8, right: *const u8) {
+        let _ = (left, right);
+        match *self {}
+    }
+
+    pub(crate) unsafe fn store<const RIGHT: usize>(&mut self, first: *mut f32, stride: usize) {
+        let _ = (first, stride);
+        match *self {}
+    }
+
     pub(crate) unsafe fn square<const RIGHT: usize>(
         &self,
         left: Left,

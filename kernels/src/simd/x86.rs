@@ -23,12 +23,12 @@ use std::arch::x86_64::{
     _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps,
     _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtps_ph,
-    _mm512_div_ps, _mm512_dpbf16_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mask_blend_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permutex2var_epi64, _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64,
-    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
-    _mm512_unpackhi_epi16, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_epi16, _mm512_unpacklo_pd,
-    _mm512_unpacklo_ps,
+    _mm512_div_ps, _mm512_dpbf16_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_fpclass_ps_mask,
+    _mm512_loadu_ps, _mm512_mask_blend_epi32, _mm512_mask_or_epi32, _mm512_maskz_sub_ps, _mm512_max_ps,
+    _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64, _mm512_roundscale_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64, _mm512_shuffle_f32x4, _mm512_slli_epi32,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_epi16, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_epi16, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use std::mem::transmute;
@@ -38,6 +38,9 @@ use half::{bf16, f16};
 use super::{Kernel, Simd};
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+/// The bits of an f32 that a bf16 has.
+const UPPER_HALF: i32 = 0xffff_u32.cast_signed() << 16;
 
 /// The sum of eight lanes: the lower half of the tree, shared by both.
 #[inline(always)]
@@ -372,6 +375,29 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
             [first, second]
                 .map(|quarters| _mm512_castsi512_ps(_mm512_permutex2var_epi64(low, quarters, high)))
+        }
+    }
+    #[inline(always)]
+    fn split_bf16(self, a: __m512) -> [__m512; 2] {
+        /// Of the classes, quiet and signaling NaN, and with them the infinities.
+        const NAN: i32 = 0x81;
+        const NOT_FINITE: i32 = NAN | 0x18;
+        unsafe {
+            let bits = _mm512_castps_si512(a);
+            let upper = _mm512_and_si512(bits, _mm512_set1_epi32(UPPER_HALF));
+            // Cut off, some NaN would be infinities.
+            let nan = _mm512_fpclass_ps_mask::<NAN>(a);
+            let upper = _mm512_mask_or_epi32(upper, nan, upper, _mm512_set1_epi32(0x0040_0000));
+            let upper = _mm512_castsi512_ps(upper);
+            let finite = !_mm512_fpclass_ps_mask::<NOT_FINITE>(a);
+            [upper, _mm512_maskz_sub_ps(finite, a, upper)]
+        }
+    }
+    #[inline(always)]
+    fn pair_bf16(self, a: __m512, b: __m512) -> __m512 {
+        unsafe {
+            let lower = _mm512_srli_epi32::<16>(_mm512_castps_si512(a));
+            _mm512_castsi512_ps(_mm512_or_si512(lower, _mm512_castps_si512(b)))
         }
     }
     #[inline(always)]

@@ -91,7 +91,11 @@ impl Format for Bf16Pairs {
 /// # Safety
 /// `len <= N` elements can be read at `from`.
 #[inline(always)]
-unsafe fn padded_part<T: Copy, const N: usize>(from: *const T, len: usize, padded: &mut [T; N]) -> *const T {
+pub(super) unsafe fn padded_part<T: Copy, const N: usize>(
+    from: *const T,
+    len: usize,
+    padded: &mut [T; N],
+) -> *const T {
     if len == N {
         return from;
     }

@@ -1,6 +1,6 @@
 //! Two linear layers of which one gates the other.
 
-use super::{INPUT, LinearPart, Outputs, Prepared, Product, check_types, linear, outputs_per_task};
+use super::{INPUT, LinearPart, Method, Outputs, Prepared, Product, check_types, linear, outputs_per_task};
 use crate::ops::activation::{Activation, Apply, gated};
 use crate::ops::operands::{SharedRows, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::{Context, Result, View, ViewMut};
@@ -38,14 +38,14 @@ pub fn linear_gated(
     })?;
     super::check_shapes(x, &[gate, up], &gate_up)?;
     on_cuda!(context, |device| super::cuda::gated(context, device, x, layer, &gate_up, out));
-    let per_lane = gate.per_lane(context.level());
-    if per_lane != up.per_lane(context.level()) {
+    let method = gate.method(context.level());
+    if method != up.method(context.level()) {
         linear(context, x, &[gate, up], gate_up.reborrow())?;
         return gated(context, activation, gate_up.as_view(), out);
     }
     check_types(x, &[gate, up], &gate_up)?;
     require_f32_matrix(OP, "out", matrix_mut(&out), (x.rows(), n))?;
-    products_and_activation(context, x, layer, per_lane, gate_up, out);
+    products_and_activation(context, x, layer, method, gate_up, out);
     Ok(())
 }
 
@@ -55,7 +55,7 @@ fn products_and_activation(
     context: &Context,
     x: View<'_>,
     layer: GatedLinear<'_>,
-    per_lane: usize,
+    method: Method,
     gate_up: ViewMut<'_>,
     out: ViewMut<'_>,
 ) {
@@ -67,8 +67,8 @@ fn products_and_activation(
     let per_task = outputs_per_task(context.num_threads(), x, &parts, n);
     let (gate_up, out) = (SharedRows::new(gate_up), SharedRows::new(out));
     INPUT.with_borrow_mut(|memory| {
-        let x = Prepared::new(context, x, per_lane, memory);
-        let product = Product { level, x, per_lane, parts: &parts, out: gate_up, adds: false };
+        let x = Prepared::new(context, x, method, memory);
+        let product = Product { level, x, method, parts: &parts, out: gate_up, adds: false };
         context.parallel_for(n.div_ceil(per_task), |task| {
             let (start, end) = (task * per_task, n.min((task + 1) * per_task));
             level.run_with_dots(Outputs { product: &product, outputs: start..end });

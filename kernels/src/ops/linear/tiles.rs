@@ -1,5 +1,8 @@
-//! bf16 weights in tiles (Intel AMX), for any number of rows: weights are the left operand, as they lie in memory, x the right
-//! one, so sums come as `[output][row]` and are turned once.
+//! Weights in tiles of bf16 (Intel AMX), for any number of rows: weights are the left operand, x the right one, so sums come as
+//! `[output][row]` and are turned once.
+//!
+//! bf16 weights are multiplied with x in bf16. Others keep x in f32: as the sum of several bf16, its *terms*, each a column of the
+//! right operand. Their sums are added at the end.
 //!
 //! A sum is one chain along k, whatever the shape of what is computed together.
 
@@ -9,15 +12,24 @@ use std::ops::Range;
 use half::bf16;
 
 use super::finish::Finish;
+use super::format::padded_part;
 use super::input::x_vector;
 use crate::scratch::Scratch;
 use crate::simd::amx::{Ahead, Amx, Left, Shaped, Sums, TILE, TILE_BYTES, TILE_K, TILE_ROW_BYTES};
-use crate::simd::{Float, Kernel, LANES, Lanes, Simd};
+use crate::simd::{Kernel, LANES, Lanes, Simd};
 use crate::{Context, View};
 
 /// Tiles of rows that are multiplied with weights straight from memory: while a tile of weights arrives, there is time for as
 /// many products. With more rows, it pays to copy weights into a panel first.
 const MOST_TILES_AT_ONCE: usize = 4;
+
+/// Most [`Tiled::TERMS`].
+const MOST_TERMS: usize = 3;
+
+const CACHE_LINE: usize = 64;
+
+/// How far ahead of their use weights are asked for, for the L1 cache (64 and 512 were slower).
+const NEAR_BYTES: usize = 128;
 
 /// Tiles of rows, and of outputs, of a square of sums in registers.
 const SQUARE: usize = 2;
@@ -37,16 +49,95 @@ const PART_STEPS: usize = 8;
 /// Bands whose sums are kept while chunks of k are multiplied.
 const BANDS_TOGETHER: usize = 16;
 
-/// x as tiles of the right operand: *bands* of tiles side by side, `[band][step][tile][pair of k][row]`, padded with zeros.
+/// How weights become rows of tiles, and what they are multiplied with.
+pub(super) trait Tiled: Copy {
+    /// What a row of weights consists of.
+    type Element: Copy;
+    /// How many bf16 a value of x is the sum of, exactly; with one, x is rounded.
+    const TERMS: usize;
+    /// Whether weights lie in memory as in tiles.
+    const IN_PLACE: bool;
+
+    /// The first `len` elements from memory, zeros behind them, as a row of a tile; x has the same order.
+    ///
+    /// # Safety
+    /// `len <= TILE_K` elements can be read at `from`.
+    unsafe fn line<S: Simd>(simd: S, from: *const Self::Element, len: usize) -> S::Vector;
+}
+
+/// bf16 weights and x in bf16.
+#[derive(Clone, Copy)]
+pub(super) struct InBf16;
+
+impl Tiled for InBf16 {
+    type Element = bf16;
+    const TERMS: usize = 1;
+    const IN_PLACE: bool = true;
+
+    #[inline(always)]
+    unsafe fn line<S: Simd>(simd: S, from: *const bf16, len: usize) -> S::Vector {
+        let mut padded = [bf16::ZERO; TILE_K];
+        // SAFETY: the caller's promise; two bf16 have the size of an f32, and no alignment is asked for.
+        unsafe { simd.load(padded_part(from, len, &mut padded).cast()) }
+    }
+}
+
+/// Weights of 8 bits, which are bf16 exactly, and x in f32, as the sum of three bf16 of 8 bits each: products are f32 exactly.
+///
+/// Tile products take bf16 below the least normal one (2^-126) for zero, so of x what is below is lost, and sums are zero
+/// there.
+#[derive(Clone, Copy)]
+pub(super) struct InSplitF32;
+
+impl Tiled for InSplitF32 {
+    type Element = i8;
+    const TERMS: usize = 3;
+    const IN_PLACE: bool = false;
+
+    #[inline(always)]
+    unsafe fn line<S: Simd>(simd: S, from: *const i8, len: usize) -> S::Vector {
+        let mut padded = [0; TILE_K];
+        // SAFETY: the caller's promise; `padded` has a line's elements.
+        unsafe {
+            let from = padded_part(from, len, &mut padded);
+            simd.pair_bf16(simd.load_i8(from), simd.load_i8(from.add(LANES)))
+        }
+    }
+}
+
+/// A step's lines of the right operand for one row of x: the terms of x, each as its second half over its first.
+#[inline(always)]
+fn split_x<S: Simd>(simd: S, x: View<'_>, row: usize, step: usize) -> [S::Vector; MOST_TERMS] {
+    let half = |half: usize| match 2 * step + half {
+        vector if vector * LANES < x.cols() => x_vector(simd, x, row, 1, vector),
+        _ => simd.splat(0.0),
+    };
+    let (mut first, mut second) = (half(0), half(1));
+    let mut terms = [simd.splat(0.0); MOST_TERMS];
+    for term in &mut terms {
+        let ([a, rest_of_first], [b, rest_of_second]) = (simd.split_bf16(first), simd.split_bf16(second));
+        *term = simd.pair_bf16(a, b);
+        (first, second) = (rest_of_first, rest_of_second);
+    }
+    terms
+}
+
+/// x as tiles of the right operand: *bands* of tiles side by side, `[band][step][tile][pair of k][column]`, padded with zeros.
+///
+/// Columns are `[term][row]` of up to [`TILE`] rows: these rows are in one tile, or each of their terms in one of its own.
 #[derive(Clone, Copy)]
 pub(super) struct Bands {
     x: *const Lanes,
     rows: usize,
     k: usize,
+    /// Of [`Tiled::TERMS`].
+    terms: usize,
     /// Tiles along k.
     steps: usize,
     /// Rows that a tile has room for.
     tile_rows: usize,
+    /// Terms that a tile has room for.
+    tile_terms: usize,
     /// Tiles of a band; the last band may have fewer.
     band_tiles: usize,
 }
@@ -58,159 +149,331 @@ unsafe impl Sync for Bands {}
 
 impl Bands {
     /// Prepares `x` in `memory`, which is made as large as needed, and must live as long as the result is used.
-    pub(super) fn prepare(context: &Context, x: View<'_>, memory: &mut Scratch) -> Self {
-        let (steps, tiles) = (x.cols().div_ceil(TILE_K), x.rows().div_ceil(TILE));
+    pub(super) fn prepare<F: Tiled>(context: &Context, x: View<'_>, memory: &mut Scratch) -> Self {
+        let (rows, k, terms) = (x.rows(), x.cols(), F::TERMS);
         // Powers of two, so that no line of a tile lies across two cache lines.
-        let tile_rows = x.rows().next_power_of_two().min(TILE);
-        let band_tiles = if tiles <= MOST_TILES_AT_ONCE { tiles } else { SQUARE };
-        let x_tiles = memory.lanes(tiles * steps * tile_rows).as_mut_ptr().cast_const();
-        let bands = Self { x: x_tiles, rows: x.rows(), k: x.cols(), steps, tile_rows, band_tiles };
-        context.for_rows(tiles, TILE * x.cols(), |tile| {
-            context.level().run_with_dots(Prepare { x, bands, tile });
+        let tile_rows = rows.next_power_of_two().min(TILE);
+        let tile_terms = terms.next_power_of_two().min(TILE / tile_rows);
+        let steps = k.div_ceil(TILE_K);
+        let mut bands =
+            Self { x: std::ptr::null(), rows, k, terms, steps, tile_rows, tile_terms, band_tiles: SQUARE };
+        if bands.num_tiles() <= MOST_TILES_AT_ONCE {
+            bands.band_tiles = bands.num_tiles();
+        }
+        // A vector more: see `Prepare`.
+        bands.x = memory.lanes(bands.num_tiles() * steps * bands.columns() + 1).as_mut_ptr().cast_const();
+        context.for_rows(bands.num_row_tiles(), TILE * k, |row_tile| {
+            context.level().run_with_dots(Prepare { x, bands, row_tile });
         });
         bands
     }
 
-    fn num_tiles(&self) -> usize {
+    /// Columns of a tile.
+    fn columns(&self) -> usize {
+        self.tile_rows * self.tile_terms
+    }
+
+    fn num_row_tiles(&self) -> usize {
         self.rows.div_ceil(TILE)
+    }
+
+    fn num_tiles(&self) -> usize {
+        self.num_row_tiles() * self.terms.div_ceil(self.tile_terms)
     }
 
     fn num_bands(&self) -> usize {
         self.num_tiles().div_ceil(self.band_tiles)
     }
 
+    /// Where a term of some rows is: the tile, and the column of the first of the rows.
+    fn place(&self, row_tile: usize, term: usize) -> (usize, usize) {
+        let tile = row_tile * self.terms.div_ceil(self.tile_terms) + term / self.tile_terms;
+        (tile, term % self.tile_terms * self.tile_rows)
+    }
+
     /// What is multiplied at a step of a band.
     fn at(&self, band: usize, step: usize) -> *const u8 {
         let (tiles, x) = self.band(band);
-        x.wrapping_add(step * tiles * self.tile_rows).cast()
+        x.wrapping_add(step * tiles * self.columns()).cast()
     }
 
     /// Tiles of a band, and its first.
     fn band(&self, band: usize) -> (usize, *const Lanes) {
         let first = band * self.band_tiles;
         let tiles = self.band_tiles.min(self.num_tiles() - first);
-        (tiles, self.x.wrapping_add(first * self.steps * self.tile_rows))
+        (tiles, self.x.wrapping_add(first * self.steps * self.columns()))
     }
 }
 
-/// Writes one tile of rows, for all steps.
+/// Writes the tiles of some rows, for all steps.
 struct Prepare<'a> {
     x: View<'a>,
     bands: Bands,
-    tile: usize,
+    row_tile: usize,
 }
 
 impl Kernel for Prepare<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { x, bands, tile } = self;
-        let tile_rows = bands.tile_rows;
-        let (tiles, band) = bands.band(tile / bands.band_tiles);
-        let first = tile * TILE;
+        let Self { x, bands, row_tile } = self;
+        let Bands { terms, band_tiles, .. } = bands;
+        let first = row_tile * TILE;
         let num_rows = TILE.min(x.rows() - first);
+        let columns = bands.columns();
+        let num_tiles = bands.num_tiles() / bands.num_row_tiles();
+        // Of each tile, as a line for each column; zeros where a tile has room for more.
+        let mut lines = [[simd.splat(0.0); LANES]; MOST_TERMS];
         for step in 0..bands.steps {
-            let at = (step * tiles + tile % bands.band_tiles) * tile_rows;
-            let to = band.cast_mut().wrapping_add(at).cast::<f32>();
-            if tile_rows == 1 {
-                // SAFETY: a tile of one row is one vector.
-                unsafe { simd.store(to, x_vector(simd, x, first, 2, step)) }
-                continue;
+            for row in 0..num_rows {
+                if terms == 1 {
+                    lines[0][row] = x_vector(simd, x, first + row, 2, step);
+                    continue;
+                }
+                for (term, value) in split_x(simd, x, first + row, step).into_iter().enumerate() {
+                    let (tile, column) = bands.place(0, term);
+                    lines[tile][column + row] = value;
+                }
             }
-            let mut rows = [simd.splat(0.0); LANES];
-            for (row, vector) in rows.iter_mut().enumerate().take(num_rows) {
-                *vector = x_vector(simd, x, first + row, 2, step);
-            }
-            for (pair, rows) in simd.transpose(rows).into_iter().enumerate() {
-                // SAFETY: within the tile, which no other task writes.
-                unsafe { f32::store_part(simd, to.add(pair * tile_rows), tile_rows, rows) }
+            for (tile, &lines) in lines.iter().enumerate().take(num_tiles) {
+                let tile = row_tile * num_tiles + tile;
+                let (tiles, band) = bands.band(tile / band_tiles);
+                let at = (step * tiles + tile % band_tiles) * columns;
+                let to = band.cast_mut().wrapping_add(at).cast::<f32>();
+                if columns == 1 {
+                    // SAFETY: a tile of one column is one vector.
+                    unsafe { simd.store(to, lines[0]) }
+                    continue;
+                }
+                for (pair, columns_of_pair) in simd.transpose(lines).into_iter().enumerate() {
+                    // SAFETY: what is written behind these columns is the next ones', which come later in this task, as it is the
+                    // only one where columns are fewer than a vector's; behind the last tile there is room.
+                    unsafe { simd.store(to.add(pair * columns), columns_of_pair) }
+                }
             }
         }
     }
 }
 
 /// Consecutive rows of one weight, for all rows of x. The pointers are to the first elements.
-pub(super) struct TileBlock {
+pub(super) struct TileBlock<F: Tiled> {
     pub(super) amx: Amx,
-    pub(super) weights: *const bf16,
+    pub(super) weights: *const F::Element,
     pub(super) weight_stride: usize,
     pub(super) num_outputs: usize,
     pub(super) x: Bands,
     pub(super) finish: Finish,
 }
 
-impl Kernel for TileBlock {
+impl<F: Tiled> Kernel for TileBlock<F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        macro_rules! at_once {
+            ($tiles:literal) => {
+                if F::IN_PLACE {
+                    simd.call(InPlace::<F, $tiles>(&self))
+                } else {
+                    simd.call(ByStep::<F, $tiles>(&self))
+                }
+            };
+        }
         match (self.x.num_bands(), self.x.num_tiles()) {
-            (1, 1) => simd.call(InPlace::<1>(&self)),
-            (1, 2) => simd.call(InPlace::<2>(&self)),
-            (1, 3) => simd.call(InPlace::<3>(&self)),
-            (1, 4) => simd.call(InPlace::<4>(&self)),
+            (1, 1) => at_once!(1),
+            (1, 2) => at_once!(2),
+            (1, 3) => at_once!(3),
+            (1, 4) => at_once!(4),
             _ => SCRATCH.with_borrow_mut(|scratch| simd.call(Panels { block: &self, scratch })),
         }
     }
 }
 
-impl TileBlock {
-    /// Writes the sums, every `stride` vectors a line, of outputs from `output` on and of the tile's rows.
+impl<F: Tiled> TileBlock<F> {
+    /// Where a row of weights begins.
+    fn row(&self, output: usize) -> *const F::Element {
+        self.weights.wrapping_add(output * self.weight_stride)
+    }
+
+    /// Writes the sums of outputs from `output` on and of a tile's rows: of each term, as many lines of `stride` values.
+    ///
+    /// # Safety
+    /// A vector can be read of each line.
     #[inline(always)]
-    fn write<S: Simd>(&self, simd: S, sums: &[Lanes], stride: usize, output: usize, tile: usize) {
+    unsafe fn write<S: Simd>(
+        &self,
+        simd: S,
+        terms: [*const f32; MOST_TERMS],
+        stride: usize,
+        output: usize,
+        row_tile: usize,
+    ) {
         let num_outputs = TILE.min(self.num_outputs - output);
-        let num_rows = TILE.min(self.x.rows - tile * TILE);
+        let num_rows = TILE.min(self.x.rows - row_tile * TILE);
         let mut lanes = [simd.splat(0.0); LANES];
-        for (lanes, sums) in lanes.iter_mut().zip(sums.iter().step_by(stride)) {
-            // SAFETY: lanes are a vector.
-            *lanes = unsafe { simd.load(sums.0.as_ptr()) };
+        for (line, lanes) in lanes.iter_mut().enumerate().take(num_outputs) {
+            // The least first.
+            for term in (0..F::TERMS).rev() {
+                // SAFETY: the caller's promise.
+                let sums = unsafe { simd.load(terms[term].add(line * stride)) };
+                *lanes = if term + 1 == F::TERMS { sums } else { simd.add(sums, *lanes) };
+            }
         }
         for (row, outputs) in simd.transpose(lanes).into_iter().enumerate().take(num_rows) {
             // SAFETY: the block has these rows and outputs, and no other task writes them.
-            unsafe { self.finish.write_lanes(simd, tile * TILE + row, output, num_outputs, outputs) }
+            unsafe { self.finish.write_lanes(simd, row_tile * TILE + row, output, num_outputs, outputs) }
+        }
+    }
+
+    /// Writes the sums of a band that is all there is.
+    #[inline(always)]
+    fn write_band<S: Simd, const TILES: usize>(&self, simd: S, sums: &BandSums<TILES>, output: usize) {
+        for row_tile in 0..self.x.num_row_tiles() {
+            let terms = std::array::from_fn(|term| {
+                let (tile, column) = self.x.place(row_tile, term.min(F::TERMS - 1));
+                std::ptr::from_ref(sums).cast::<f32>().wrapping_add(tile * TILE + column)
+            });
+            // SAFETY: there is a vector behind the last line's last column.
+            unsafe { self.write(simd, terms, TILES * TILE, output, row_tile) }
+        }
+    }
+
+    /// Writes a line of weights to `to`.
+    #[inline(always)]
+    fn line<S: Simd>(&self, simd: S, output: usize, step: usize, to: &mut Lanes) {
+        let (start, row) = (step * TILE_K, self.row(output));
+        // SAFETY: so many elements can be read of the row; a line is a vector.
+        unsafe {
+            let line = F::line(simd, row.add(start), TILE_K.min(self.x.k - start));
+            simd.store(to.0.as_mut_ptr(), line);
+        }
+    }
+
+    /// Writes the lines of a whole tile, and asks for some that come later: for the L1 cache, of the same rows, and for the L2
+    /// cache, of the next tile's at the same place. A line of the caches serves several steps, so each asks for a share of the
+    /// rows'.
+    ///
+    /// # Safety
+    /// There are as many outputs, and the step is whole.
+    #[inline(always)]
+    unsafe fn whole_lines<S: Simd>(&self, simd: S, output: usize, step: usize, lines: &mut [Lanes; TILE]) {
+        let stride = self.weight_stride;
+        let shares = CACHE_LINE / (TILE_K * size_of::<F::Element>());
+        let mut weights = self.row(output).wrapping_add(step * TILE_K);
+        let mut asked = weights.wrapping_add(step % shares * stride);
+        for lines in lines.chunks_exact_mut(shares) {
+            simd.prefetch(asked.cast::<u8>().wrapping_add(NEAR_BYTES));
+            simd.prefetch_far(asked.wrapping_add(TILE * stride).cast());
+            asked = asked.wrapping_add(shares * stride);
+            for line in lines {
+                // SAFETY: the caller's promise; a line is a vector.
+                unsafe { simd.store(line.0.as_mut_ptr(), F::line(simd, weights, TILE_K)) }
+                weights = weights.wrapping_add(stride);
+            }
         }
     }
 }
 
-/// Up to [`MOST_TILES_AT_ONCE`] tiles of rows.
-struct InPlace<'a, const TILES: usize>(&'a TileBlock);
+/// The sums of up to [`MOST_TILES_AT_ONCE`] tiles: `[output][column]`, and room for what is loaded beside the last columns.
+#[repr(C)]
+struct BandSums<const TILES: usize> {
+    lines: [[Lanes; TILES]; TILE],
+    _room: Lanes,
+}
 
-impl<const TILES: usize> Kernel for InPlace<'_, TILES> {
+impl<const TILES: usize> BandSums<TILES> {
+    const ZERO: Self = Self { lines: [[Lanes::ZERO; TILES]; TILE], _room: Lanes::ZERO };
+
+    /// Bytes from line to line.
+    const STRIDE: usize = TILES * size_of::<Lanes>();
+
+    fn first(&mut self) -> *mut f32 {
+        self.lines.as_mut_ptr().cast()
+    }
+
+    fn sums(&mut self, carries_on: bool) -> Sums {
+        Sums { first: self.first(), stride: Self::STRIDE, carries_on }
+    }
+}
+
+/// A band that is all there is, weights as they lie in memory.
+struct InPlace<'a, F: Tiled, const TILES: usize>(&'a TileBlock<F>);
+
+impl<F: Tiled, const TILES: usize> Kernel for InPlace<'_, F, TILES> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self(block) = self;
-        let Bands { k, steps, tile_rows, .. } = block.x;
-        let x = block.x.band(0).1.cast::<u8>();
+        let Bands { k, steps, .. } = block.x;
         let whole_steps = k / TILE_K;
-        let mut shaped = block.amx.shape(TILE.min(block.num_outputs), tile_rows);
-        let mut lines = [[Lanes::ZERO; TILES]; TILE];
+        let mut shaped = block.amx.shape(TILE.min(block.num_outputs), block.x.columns());
+        let mut sums = BandSums::<TILES>::ZERO;
         for output in (0..block.num_outputs).step_by(TILE) {
             let num_outputs = TILE.min(block.num_outputs - output);
             if num_outputs < TILE && output > 0 {
-                shaped.reshape(num_outputs, tile_rows);
+                shaped.reshape(num_outputs, block.x.columns());
             }
-            let first = lines.as_mut_ptr().cast();
-            let sums = |carries_on| Sums { first, stride: TILES * size_of::<Lanes>(), carries_on };
-            // SAFETY: the block has these outputs.
-            let weights = unsafe { block.weights.add(output * block.weight_stride) };
-            // SAFETY: x has all steps, each of the outputs' rows k elements.
-            unsafe {
-                if whole_steps > 0 {
-                    let stride = block.weight_stride * size_of::<bf16>();
-                    let left = Left { first: weights.cast(), stride, step: TILE_ROW_BYTES };
-                    shaped.row::<TILES>(left, x, whole_steps, sums(false));
+            let stride = block.weight_stride * size_of::<F::Element>();
+            let left = Left { first: block.row(output).cast(), stride, step: TILE_ROW_BYTES };
+            if whole_steps > 0 {
+                // SAFETY: x has all steps, each of the outputs' rows k elements.
+                unsafe { shaped.row::<TILES>(left, block.x.at(0, 0), whole_steps, sums.sums(false)) }
+            }
+            if whole_steps < steps {
+                let mut tail = [Lanes::ZERO; TILE];
+                for (row, tail) in tail.iter_mut().enumerate().take(num_outputs) {
+                    block.line(simd, output + row, whole_steps, tail);
                 }
-                if whole_steps < steps {
-                    let mut tail = [[bf16::ZERO; TILE_K]; TILE];
-                    for (row, tail) in tail.iter_mut().enumerate().take(num_outputs) {
-                        let from = weights.add(row * block.weight_stride + whole_steps * TILE_K);
-                        std::ptr::copy_nonoverlapping(from, tail.as_mut_ptr(), k % TILE_K);
+                let left = Left { first: tail.as_ptr().cast(), stride: TILE_ROW_BYTES, step: 0 };
+                // SAFETY: x has this step, the tail the outputs' rows.
+                unsafe {
+                    let x = block.x.at(0, whole_steps);
+                    shaped.row::<TILES>(left, x, 1, sums.sums(whole_steps > 0));
+                }
+            }
+            block.write_band(simd, &sums, output);
+        }
+    }
+}
+
+/// A band that is all there is; weights become lines in the L1 cache a step before they are multiplied.
+///
+/// Memory is what binds here, and it gives most where it is asked in the order in which weights lie.
+struct ByStep<'a, F: Tiled, const TILES: usize>(&'a TileBlock<F>);
+
+impl<F: Tiled, const TILES: usize> Kernel for ByStep<'_, F, TILES> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self(block) = self;
+        let (steps, whole_steps) = (block.x.steps, block.x.k / TILE_K);
+        let mut shaped = block.amx.shape(TILE.min(block.num_outputs), block.x.columns());
+        let mut sums = BandSums::<TILES>::ZERO;
+        let x = block.x.at(0, 0);
+        let x_step = TILES * block.x.columns() * size_of::<Lanes>();
+        // One is multiplied while the other is filled.
+        let mut lines = [[Lanes::ZERO; TILE]; 2];
+        for output in (0..block.num_outputs).step_by(TILE) {
+            let num_outputs = TILE.min(block.num_outputs - output);
+            if num_outputs < TILE && output > 0 {
+                shaped.reshape(num_outputs, block.x.columns());
+            }
+            shaped.zero();
+            for step in 0..=steps {
+                if step < whole_steps && num_outputs == TILE {
+                    // SAFETY: as asked.
+                    unsafe { block.whole_lines(simd, output, step, &mut lines[step % 2]) }
+                } else if step < steps {
+                    for (row, line) in lines[step % 2].iter_mut().enumerate().take(num_outputs) {
+                        block.line(simd, output + row, step, line);
                     }
-                    let left = Left { first: tail.as_ptr().cast(), stride: TILE_ROW_BYTES, step: 0 };
-                    let x = x.add(whole_steps * TILES * tile_rows * size_of::<Lanes>());
-                    shaped.row::<TILES>(left, x, 1, sums(whole_steps > 0));
+                }
+                if let Some(before) = step.checked_sub(1) {
+                    // SAFETY: x has this step, the lines are the outputs'.
+                    unsafe {
+                        let x = x.wrapping_add(before * x_step);
+                        shaped.add::<TILES>(lines[before % 2].as_ptr().cast(), x);
+                    }
                 }
             }
-            for tile in 0..TILES {
-                block.write(simd, &lines.as_flattened()[tile..], TILES, output, tile);
-            }
+            // SAFETY: there is room for as many sums.
+            unsafe { shaped.store::<TILES>(sums.first(), BandSums::<TILES>::STRIDE) }
+            block.write_band(simd, &sums, output);
         }
     }
 }
@@ -224,12 +487,12 @@ thread_local! {
 }
 
 /// More rows: squares of sums, over copies of the weights.
-struct Panels<'a> {
-    block: &'a TileBlock,
+struct Panels<'a, F: Tiled> {
+    block: &'a TileBlock<F>,
     scratch: &'a mut Scratch,
 }
 
-impl Kernel for Panels<'_> {
+impl<F: Tiled> Kernel for Panels<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { block, scratch } = self;
@@ -237,7 +500,9 @@ impl Kernel for Panels<'_> {
         let num_bands = block.x.num_bands();
         // At least a step, so that there are panels.
         let panel_len = steps.max(1) * PANEL_OUTPUTS;
-        let num_sums = num_bands.min(BANDS_TOGETHER) * PANELS;
+        // Whole tiles of rows, with all terms.
+        let together = BANDS_TOGETHER / F::TERMS * F::TERMS;
+        let num_sums = num_bands.min(together) * PANELS;
         let (panels, sums) = scratch
             .lanes(PANELS * panel_len + num_sums * PANEL_OUTPUTS * SQUARE)
             .split_at_mut(PANELS * panel_len);
@@ -249,13 +514,13 @@ impl Kernel for Panels<'_> {
         for first in (0..block.num_outputs).step_by(PANELS * PANEL_OUTPUTS) {
             let outputs = (first..block.num_outputs).step_by(PANEL_OUTPUTS).take(PANELS);
             for (output, panel) in outputs.clone().zip(panels.chunks_exact_mut(panel_len)) {
-                simd.call(Copy { block, output, panel });
+                simd.call(Fill { block, output, panel });
             }
             // The weights of the next group, where there are no gaps.
-            let mut later: *const u8 =
-                block.weights.wrapping_add((first + PANELS * PANEL_OUTPUTS) * block.weight_stride).cast();
-            for bands in (0..num_bands).step_by(BANDS_TOGETHER) {
-                let bands = bands..num_bands.min(bands + BANDS_TOGETHER);
+            let mut later: *const u8 = block.row(first + PANELS * PANEL_OUTPUTS).cast();
+            let last: *const u8 = block.row(first + 2 * PANELS * PANEL_OUTPUTS).cast();
+            for bands in (0..num_bands).step_by(together) {
+                let bands = bands..num_bands.min(bands + together);
                 for chunk in (0..steps).step_by(CHUNK_STEPS) {
                     let chunk = chunk..steps.min(chunk + CHUNK_STEPS);
                     for (band, sums) in bands.clone().zip(sums.chunks_exact_mut(PANELS)) {
@@ -272,14 +537,20 @@ impl Kernel for Panels<'_> {
                             {
                                 block.square(&shaped, panel, band, part.clone(), sums, Ahead { soon, later });
                                 soon = soon.wrapping_add(part.len() * Ahead::SOON_BYTES);
-                                later = later.wrapping_add(part.len() * Ahead::LATER_BYTES);
+                                later = later.wrapping_add(part.len() * Ahead::LATER_BYTES).min(last);
                             }
                         }
                     }
                 }
-                for (band, sums) in bands.zip(sums.chunks_exact(PANELS)) {
-                    for (output, sums) in outputs.clone().zip(sums) {
-                        simd.call(WriteSquare { block, sums, output, band });
+                let row_tiles = |bands: usize| (bands * SQUARE / F::TERMS).min(block.x.num_row_tiles());
+                for row_tile in row_tiles(bands.start)..row_tiles(bands.end) {
+                    for (panel, output) in outputs.clone().enumerate() {
+                        let sums = std::array::from_fn(|term| {
+                            let tile =
+                                block.x.place(row_tile, term.min(F::TERMS - 1)).0 - bands.start * SQUARE;
+                            (&sums[tile / SQUARE * PANELS + panel], tile % SQUARE)
+                        });
+                        simd.call(WritePanel { block, sums, output, row_tile });
                     }
                 }
             }
@@ -287,7 +558,7 @@ impl Kernel for Panels<'_> {
     }
 }
 
-impl TileBlock {
+impl<F: Tiled> TileBlock<F> {
     /// A panel times a band, some steps of k.
     #[inline(always)]
     fn square(
@@ -320,40 +591,25 @@ impl TileBlock {
     }
 }
 
-/// Copies outputs from `output` on into a panel, zeros where there is none.
-struct Copy<'a> {
-    block: &'a TileBlock,
+/// Brings outputs from `output` on into a panel, zeros where there is none.
+struct Fill<'a, F: Tiled> {
+    block: &'a TileBlock<F>,
     output: usize,
     panel: &'a mut [Lanes],
 }
 
-impl Kernel for Copy<'_> {
+impl<F: Tiled> Kernel for Fill<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         /// Steps of all outputs together: what is written stays in an L1 cache meanwhile.
         const TOGETHER: usize = 8;
-        let Self { block, output, panel } = self;
-        let (k, num_outputs) = (block.x.k, PANEL_OUTPUTS.min(block.num_outputs - output));
-        for (i, part) in panel.chunks_mut(TOGETHER * PANEL_OUTPUTS).enumerate() {
+        for (i, part) in self.panel.chunks_mut(TOGETHER * PANEL_OUTPUTS).enumerate() {
             for row in 0..PANEL_OUTPUTS {
-                let lines = part[row..].iter_mut().step_by(PANEL_OUTPUTS);
-                if row >= num_outputs {
-                    lines.for_each(|line| *line = Lanes::ZERO);
-                    continue;
-                }
-                let weights = block.weights.wrapping_add((output + row) * block.weight_stride);
-                for (step, line) in lines.enumerate() {
-                    let start = (i * TOGETHER + step) * TILE_K;
-                    let (from, len) = (weights.wrapping_add(start), TILE_K.min(k - start));
-                    // SAFETY: `len` elements can be read of the row; a line of the panel is a vector.
-                    unsafe {
-                        if len < TILE_K {
-                            *line = Lanes::ZERO;
-                            let to = line.0.as_mut_ptr().cast::<bf16>();
-                            std::ptr::copy_nonoverlapping(from, to, len);
-                        } else {
-                            simd.store(line.0.as_mut_ptr(), simd.load(from.cast()));
-                        }
+                for (step, line) in part[row..].iter_mut().step_by(PANEL_OUTPUTS).enumerate() {
+                    if self.output + row < self.block.num_outputs {
+                        self.block.line(simd, self.output + row, i * TOGETHER + step, line);
+                    } else {
+                        *line = Lanes::ZERO;
                     }
                 }
             }
@@ -361,26 +617,23 @@ impl Kernel for Copy<'_> {
     }
 }
 
-/// Writes the sums of a panel and a band.
-struct WriteSquare<'a> {
-    block: &'a TileBlock,
-    sums: &'a SquareSums,
+/// Writes the sums of a panel and a tile of rows.
+struct WritePanel<'a, F: Tiled> {
+    block: &'a TileBlock<F>,
+    /// Of each term, and in which tile of its square.
+    sums: [(&'a SquareSums, usize); MOST_TERMS],
     output: usize,
-    band: usize,
+    row_tile: usize,
 }
 
-impl Kernel for WriteSquare<'_> {
+impl<F: Tiled> Kernel for WritePanel<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { block, sums, output, band } = self;
-        let tiles = block.x.band(band).0;
-        for upper in (0..PANEL_OUTPUTS).step_by(TILE) {
-            for tile in 0..tiles {
-                if output + upper < block.num_outputs {
-                    let lines = &sums[upper..].as_flattened()[tile..];
-                    block.write(simd, lines, SQUARE, output + upper, band * SQUARE + tile);
-                }
-            }
+        let Self { block, sums, output, row_tile } = self;
+        for upper in (0..PANEL_OUTPUTS).step_by(TILE).take_while(|upper| output + upper < block.num_outputs) {
+            let terms = sums.map(|(square, tile)| square[upper][tile].0.as_ptr());
+            // SAFETY: a square has these lines.
+            unsafe { block.write(simd, terms, SQUARE * TILE, output + upper, row_tile) }
         }
     }
 }
