@@ -19,6 +19,7 @@
 
 pub mod collective;
 mod context;
+mod cores;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod graph;
@@ -36,9 +37,9 @@ mod tensor;
 pub use candle_core::DType;
 pub use collective::Communicator;
 pub use context::{Context, Frozen, MemoryUse, num_gpus};
+pub use cores::available_cores;
 pub use graph::Graph;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};
-pub use pool::available_cores;
 pub use readback::Readback;
 #[doc(hidden)]
 pub use simd::Level;

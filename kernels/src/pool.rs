@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
+use crate::cores::available_cores;
+
 /// Threads that share the tasks of a region: each has the same consecutive ones whenever the region is run again, so that it
 /// reads the same memory, from its first byte to its last; who is done helps those that are held up.
 ///
@@ -71,12 +73,6 @@ impl Drop for Pool {
             }
         }
     }
-}
-
-/// Cores that this process may use: its affinity and, in a container, its CPU quota (the standard library reads those of both
-/// versions of cgroups); at least one.
-pub fn available_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// How often a thread looks before it sleeps: some ten microseconds, which is longer than what a decode step does on one

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use super::rendezvous::{Rendezvous, SLAB_BYTES};
 use super::{Communicator, SLICE, check_gather};
+use crate::cores::available_cores;
 use crate::ops::operands::{SharedRows, matrix_mut, require, require_f32_matrix};
-use crate::pool::available_cores;
 use crate::tensor::{Error, Result, View, ViewMut};
 
 /// More than one host has cores for.
