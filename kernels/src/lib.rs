@@ -37,7 +37,7 @@ mod tensor;
 pub use candle_core::DType;
 pub use collective::Communicator;
 pub use context::{Context, Frozen, MemoryUse, num_gpus};
-pub use cores::available_cores;
+pub use cores::{BindError, MAX_CORES, allowed_cores, available_cores, bind_to_cores};
 pub use graph::Graph;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};
 pub use readback::Readback;

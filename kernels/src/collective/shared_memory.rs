@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::rendezvous::{Rendezvous, SLAB_BYTES};
 use super::{Communicator, SLICE, check_gather};
-use crate::cores::available_cores;
+use crate::cores::available_cores_of_all_ranks;
 use crate::ops::operands::{SharedRows, matrix_mut, require, require_f32_matrix};
 use crate::tensor::{Error, Result, View, ViewMut};
 
@@ -57,7 +57,7 @@ impl SharedMemory {
         })?;
         let rendezvous = Arc::new(Rendezvous::open(path, rank, world_size, Instant::now() + timeout)?);
         // About twenty microseconds, and only where no other rank needs this core.
-        let spin_rounds = if available_cores() >= 2 * world_size { 500 } else { 0 };
+        let spin_rounds = if available_cores_of_all_ranks() >= 2 * world_size { 500 } else { 0 };
         let mut group = Self { rendezvous, rank, world_size, timeout, spin_rounds, posted: 0, broken: None };
         group.meet(Call::Join, 0)?;
         if rank == 0 {
