@@ -86,7 +86,7 @@ impl Compiler {
         Ok(compiler)
     }
 
-    /// A quarter of the machine's cores, and at least one.
+    /// A quarter of the cores given to this process, and at least one.
     pub fn default_num_threads() -> usize {
         std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).max(1))
     }

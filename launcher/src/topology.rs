@@ -174,6 +174,7 @@ fn place_shards(
                 master_addr: (!is_alone).then(master_addr),
                 master_port: span.master_port,
                 local_rank: (!is_alone).then_some(local_rank),
+                cores: None,
                 num_threads: Some((num_cores / span.shards_per_node()).max(1)),
                 json_output: config.router.json_output,
                 log_level: config.router.log_level.clone(),

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::cores::Cores;
+
 /// Settings of all shards of a group. Flags and environment variables have the names that TGI gave them.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 pub struct ShardConfig {
@@ -110,6 +112,16 @@ fn fraction(value: &str) -> Result<f64, String> {
     }
 }
 
+fn cores(value: &str) -> Result<Cores, String> {
+    match value.parse::<Cores>() {
+        Ok(cores) if cores.is_empty() => {
+            Err("there is no core in it: write them as in 0-15,32-47".to_owned())
+        }
+        Ok(cores) => Ok(cores),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// What a shard must be told about its surroundings: set by the launcher, or by hand when started alone.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 pub struct ShardPlacement {
@@ -150,7 +162,14 @@ pub struct ShardPlacement {
     #[arg(long, env = "LOCAL_RANK")]
     pub local_rank: Option<usize>,
 
-    /// Threads for computing [default: the cores given to this process, divided by world-size]
+    /// Cores that this process binds itself to, in the form of Linux's cpulist files: 0-15,32-47. With those of one NUMA node,
+    /// weights, keys and values lie in that node's memory, which it reads fastest [default: the system moves threads as it
+    /// likes]
+    #[arg(long, value_parser = cores)]
+    pub cores: Option<Cores>,
+
+    /// Threads for computing [default: one for each of --cores, as far as the container's CPU quota allows; without --cores,
+    /// the cores given to this process, divided by world-size]
     #[arg(long)]
     pub num_threads: Option<usize>,
 
@@ -255,6 +274,25 @@ mod tests {
         {
             let message = parse(&format!("--lora-adapters {value}")).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn cores_are_given_as_in_cpulist_files() {
+        let parse = |line: &str| {
+            let command = ShardPlacement::augment_args(clap::Command::new("shard").no_binary_name(true));
+            let line = format!("--model-dir /models/x --uds-path /tmp/s {line}");
+            let matches = command.try_get_matches_from(line.split(' ').filter(|word| !word.is_empty()))?;
+            ShardPlacement::from_arg_matches(&matches)
+        };
+        assert_eq!(parse("").unwrap().cores, None);
+        let placement = parse("--cores 0-15,32-47").unwrap();
+        let text = serde_json::to_string(&placement).unwrap();
+        let again: ShardPlacement = serde_json::from_str(&text).unwrap();
+        assert_eq!(again.cores.unwrap().to_string(), "0-15,32-47");
+        for (value, part) in [("7-3", "lower core first"), ("", "no core"), ("all", "0-15,32-47")] {
+            let message = parse(&format!("--cores={value}")).unwrap_err().to_string();
+            assert!(message.contains("--cores") && message.contains(part), "{message}");
         }
     }
 

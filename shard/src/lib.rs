@@ -5,6 +5,7 @@
 //! row of logits. [`models`] makes a decoder from a model directory, with tensors from [`weights`].
 
 mod config;
+mod cores;
 pub mod decoder;
 mod device;
 pub mod engine;
@@ -22,13 +23,16 @@ use tokio::signal::unix::{SignalKind, signal};
 pub use config::{
     DeviceChoice, Dtype, KvCacheDtype, LoraAdapter, LoraAdapters, Quantization, ShardConfig, ShardPlacement,
 };
+pub use cores::{Cores, CoresError};
 pub use device::{default_num_shards, resolve_device, visible_gpus};
 pub use error::Error;
 
 /// Serves one rank of a model until SIGTERM (or, unless supervised, SIGINT), which is success, or until it cannot go
 /// on, which is an error: whoever started this process ends the other ranks and starts the group anew.
-pub fn run(config: ShardConfig, placement: ShardPlacement) -> anyhow::Result<()> {
+pub fn run(config: ShardConfig, mut placement: ShardPlacement) -> anyhow::Result<()> {
     telemetry::init(&placement)?;
+    // Before any thread is there, so that all of them are bound.
+    cores::bind(&mut placement)?;
     // One thread is enough for messages: the work is done on the engine's threads.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {

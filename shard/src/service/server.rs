@@ -34,7 +34,7 @@ const PEER_TIMEOUT: Duration = Duration::from_mins(2);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Serves one rank until `shutdown` completes, or with an error when the model cannot be loaded or computed. The socket
-/// is there while the model is still being loaded, and removed at the end.
+/// is there while the model is still being loaded, and removed at the end. The process is bound to cores already, or not at all.
 pub async fn serve(
     config: ShardConfig,
     placement: ShardPlacement,
@@ -157,8 +157,7 @@ fn join(context: &Context, placement: &ShardPlacement) -> anyhow::Result<Box<dyn
 }
 
 fn default_threads(world_size: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    (cores / world_size).max(1)
+    (kernels::available_cores() / world_size).max(1)
 }
 
 /// Reports the engine's progress; returns when it has ended.

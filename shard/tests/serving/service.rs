@@ -43,6 +43,7 @@ fn placement(dir: &Path, rank: usize, world_size: usize) -> ShardPlacement {
         master_addr: None,
         master_port: 0,
         local_rank: None,
+        cores: None,
         num_threads: Some(1),
         json_output: false,
         log_level: "info".to_owned(),
