@@ -1,7 +1,7 @@
 //! `lamplighter`: one executable in three roles.
 //!
 //! - `lamplighter [flags]` is the **launcher**: it resolves a model ([`model`]), decides how many shards there are and
-//!   where they listen ([`topology`]), starts shards and router, and keeps them alive ([`supervisor`]); on several hosts there is
+//!   where they listen ([`topology`]) and on which cores they run ([`numa`]), starts shards and router, and keeps them alive ([`supervisor`]); on several hosts there is
 //!   one on each, and they meet first ([`nodes`]).
 //! - `lamplighter shard` and `lamplighter router` are what it starts; people may start them too, with flags.
 //! - `lamplighter shard --settings FILE` and `lamplighter router --settings FILE` are how the launcher starts them
@@ -11,6 +11,7 @@ mod child;
 mod config;
 mod model;
 mod nodes;
+mod numa;
 mod output;
 mod process;
 mod readiness;

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use router::config::RouterPlacement;
-use shard::ShardPlacement;
+use shard::{DeviceChoice, ShardPlacement};
 use tempfile::TempDir;
 
 use crate::child::ChildSettings;
 use crate::config::LauncherConfig;
 use crate::model::Model;
 use crate::nodes::Nodes;
+use crate::numa::HostCores;
 use crate::supervisor::{Group, Member};
 
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, the last of them zero.
@@ -112,8 +113,11 @@ pub(crate) fn arrange(
 ) -> Result<Group, TopologyError> {
     let span = config.span();
     let (mut shards, mut sockets) = (Vec::new(), Vec::new());
-    for placement in place_shards(config, model, run, nodes.own_address, num_cores()) {
+    for placement in place_shards(config, model, run, nodes.own_address, &HostCores::read()) {
         let name = format!("shard-{}", placement.rank);
+        if let Some(cores) = &placement.cores {
+            tracing::info!(shard = name, %cores, "cores of its own, as this host has several NUMA nodes");
+        }
         if let Some(socket) = &placement.uds_path {
             clear_socket(socket)?;
             sockets.push(socket.clone());
@@ -151,9 +155,12 @@ fn place_shards(
     model: &Model,
     run: &RunDirectory,
     own_address: Option<IpAddr>,
-    num_cores: usize,
+    host: &HostCores,
 ) -> Vec<ShardPlacement> {
     let span = config.span();
+    // A GPU's shard computes next to nothing on the CPU.
+    let is_on_cpu = config.shard.device != DeviceChoice::Cuda;
+    let mut dealt = is_on_cpu.then(|| host.deal(span.shards_per_node())).flatten().map(Vec::into_iter);
     let is_alone = span.num_nodes == 1;
     let prefix = config.shard_uds_path.clone().map_or_else(|| run.path().join("shard"), PathBuf::from);
     // Not by its name on its own host, which may not be resolved there yet.
@@ -164,6 +171,9 @@ fn place_shards(
         .map(|(local_rank, rank)| {
             let port = |address| SocketAddr::new(address, span.shard_port + local_rank as u16);
             let listen = own_address.map(port);
+            let cores = dealt.as_mut().and_then(Iterator::next);
+            // A shard with cores of its own has as many threads, which it knows itself.
+            let num_threads = cores.is_none().then(|| (host.available / span.shards_per_node()).max(1));
             ShardPlacement {
                 model_dir: model.directory.clone(),
                 uds_path: listen.is_none().then(|| with_rank(&prefix, rank)),
@@ -174,8 +184,8 @@ fn place_shards(
                 master_addr: (!is_alone).then(master_addr),
                 master_port: span.master_port,
                 local_rank: (!is_alone).then_some(local_rank),
-                cores: None,
-                num_threads: Some((num_cores / span.shards_per_node()).max(1)),
+                cores,
+                num_threads,
                 json_output: config.router.json_output,
                 log_level: config.router.log_level.clone(),
                 supervised: true,
@@ -189,11 +199,6 @@ fn with_rank(prefix: &Path, rank: usize) -> PathBuf {
     let mut path = prefix.as_os_str().to_owned();
     path.push(format!("-{rank}"));
     PathBuf::from(path)
-}
-
-/// Cores that this process may use: the affinity mask and the container's limit are considered.
-fn num_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// Removes the socket that an earlier server left behind, and nothing else.
@@ -232,26 +237,49 @@ mod tests {
         Model { directory: PathBuf::from("/models/tiny"), name: "tiny".to_owned() }
     }
 
+    /// A host that is one NUMA node.
+    fn host(available: usize) -> HostCores {
+        HostCores { available, by_numa_node: vec![(0..available).collect()] }
+    }
+
     #[test]
     fn shards_share_the_cores_and_meet_in_one_file() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&["--num-shard", "3"]), &model(), &run, None, 8);
+        let shards = place_shards(&config(&["--num-shard", "3"]), &model(), &run, None, &host(8));
         assert_eq!(shards.iter().map(|shard| shard.rank).collect::<Vec<_>>(), [0, 1, 2]);
         assert!(shards.iter().all(|shard| shard.world_size == 3 && shard.num_threads == Some(2)));
         assert!(shards.iter().all(|shard| shard.rendezvous == Some(run.rendezvous())));
+        assert!(shards.iter().all(|shard| shard.cores.is_none()));
+    }
+
+    #[test]
+    fn shards_on_several_numa_nodes_have_cores_of_their_own_and_a_thread_for_each() {
+        let run = RunDirectory::create().unwrap();
+        let host = HostCores { available: 16, by_numa_node: vec![(0..8).collect(), (8..16).collect()] };
+        let place = |flags: &[&str]| place_shards(&config(flags), &model(), &run, None, &host);
+        let cores = |shard: &ShardPlacement| shard.cores.as_ref().map(ToString::to_string);
+        let shards = place(&["--num-shard", "3", "--device", "cpu"]);
+        let of_ranks: Vec<String> = shards.iter().filter_map(cores).collect();
+        assert_eq!(of_ranks, ["0-3", "4-7", "8-15"]);
+        assert!(shards.iter().all(|shard| shard.num_threads.is_none()));
+        for flags in [&["--num-shard", "1"][..], &["--num-shard", "2", "--device", "cuda"]] {
+            let shards = place(flags);
+            assert!(shards.iter().all(|shard| shard.cores.is_none()), "{flags:?}");
+            assert_eq!(shards[0].num_threads, Some(16 / shards.len()), "{flags:?}");
+        }
     }
 
     #[test]
     fn more_shards_than_cores_still_have_a_thread_each() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&["--num-shard", "4"]), &model(), &run, None, 2);
+        let shards = place_shards(&config(&["--num-shard", "4"]), &model(), &run, None, &host(2));
         assert!(shards.iter().all(|shard| shard.num_threads == Some(1)));
     }
 
     #[test]
     fn one_shard_has_nobody_to_meet() {
         let run = RunDirectory::create().unwrap();
-        let shards = place_shards(&config(&[]), &model(), &run, None, 2);
+        let shards = place_shards(&config(&[]), &model(), &run, None, &host(2));
         assert_eq!(shards[0].rendezvous, None);
     }
 
@@ -263,7 +291,7 @@ mod tests {
             &model(),
             &run,
             None,
-            2,
+            &host(2),
         );
         assert_eq!(shards[1].uds_path.as_deref(), Some(Path::new("/tmp/text-generation-server-1")));
     }
@@ -274,7 +302,7 @@ mod tests {
         let place = |node: &str, own_address| {
             let flags =
                 ["--num-shard", "4", "--num-nodes", "2", "--master-addr", "head", "--node-rank", node];
-            place_shards(&config(&flags), &model(), &run, own_address, 8)
+            place_shards(&config(&flags), &model(), &run, own_address, &host(8))
         };
         let first = place("0", None);
         assert!(first.iter().all(|shard| shard.uds_path.is_some() && shard.listen.is_none()));
