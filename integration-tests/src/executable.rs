@@ -22,7 +22,7 @@ impl Model {
     pub fn flags(self) -> Vec<String> {
         match self {
             Self::Demo => Vec::new(),
-            Self::Golden(name) => vec!["--model-id".to_owned(), directory(name).display().to_string()],
+            Self::Golden(name) => vec!["--model-id".to_owned(), golden_directory(name).display().to_string()],
             Self::Directory(path) => vec!["--model-id".to_owned(), path.to_owned()],
         }
     }
@@ -30,7 +30,7 @@ impl Model {
 
 /// What transformers computes with the model `goldens/{name}`.
 pub fn golden(name: &str) -> Value {
-    let path = directory(name).join("golden.json");
+    let path = golden_directory(name).join("golden.json");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
@@ -48,7 +48,8 @@ pub fn lamplighter() -> Command {
     command
 }
 
-fn directory(name: &str) -> PathBuf {
+/// Where `goldens/{name}` is.
+pub(crate) fn golden_directory(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name)
 }
 

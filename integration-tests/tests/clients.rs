@@ -1,10 +1,6 @@
 //! Clients that other people wrote, unmodified, against the real server.
 
-use std::path::Path;
-use std::process::Child;
-use std::time::{Duration, Instant};
-
-use integration_tests::{Model, Stack, golden, lamplighter, python};
+use integration_tests::{LoneShard, Model, Stack, golden, python};
 use serde_json::Value;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -19,36 +15,11 @@ async fn the_hugging_face_client_chats_and_generates() {
     python::run("huggingface_client.py", &[stack.url()]);
 }
 
-/// A shard without a router, as an engineer who looks for a fault starts it.
-struct LoneShard(Child);
-
-impl LoneShard {
-    fn start(model: &str, socket: &Path) -> Self {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(model);
-        let mut command = lamplighter();
-        command.arg("shard").arg("--model-dir").arg(directory).arg("--uds-path").arg(socket);
-        let shard = Self(command.spawn().expect("the executable can be started"));
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !socket.exists() {
-            assert!(Instant::now() < deadline, "the shard does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        shard
-    }
-}
-
-impl Drop for LoneShard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_grpc_client_drives_a_shard_through_reflection() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("shard-0");
-    let _shard = LoneShard::start("llama", &socket);
+    let _shard = LoneShard::start("llama", &socket, &[]);
     let prompt = &golden("llama")["prompts"][0];
     let numbers = |value: &Value| -> Vec<u64> {
         value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id")).collect()

@@ -188,6 +188,11 @@ fn what_cannot_be_started_is_told_with_the_remedy() {
     check(&["--model-id", llama, "--num-shard", "3"], 1, &["shard-", "3"]);
     check(&["--model-id", llama, "--max-total-tokens", "100000"], 1, &["max-total-tokens", "1024"]);
     check(&["--log-level", "router=loud"], 1, &["--log-level"]);
+    let shard =
+        |cores| ["shard", "--model-dir", llama, "--uds-path", "/no/such/directory/shard-0", "--cores", cores];
+    check(&shard("3-1"), 2, &["--cores", "3-1", "write the lower core first"]);
+    // The last of more cores than any machine has.
+    check(&shard("8191"), 1, &["--cores", "core 8191", "may only use", "leave --cores out"]);
 }
 
 #[test]
