@@ -39,9 +39,6 @@ use super::{Kernel, Simd};
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-/// The bits of an f32 that a bf16 has.
-const UPPER_HALF: i32 = 0xffff_u32.cast_signed() << 16;
-
 /// The sum of eight lanes: the lower half of the tree, shared by both.
 #[inline(always)]
 fn sum_of_eight(a: __m256) -> f32 {
@@ -379,13 +376,15 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn split_bf16(self, a: __m512) -> [__m512; 2] {
+        /// The bits of an f32 that a bf16 has.
+        const UPPER_HALF: i32 = 0xffff_u32.cast_signed() << 16;
         /// Of the classes, quiet and signaling NaN, and with them the infinities.
         const NAN: i32 = 0x81;
         const NOT_FINITE: i32 = NAN | 0x18;
         unsafe {
             let bits = _mm512_castps_si512(a);
             let upper = _mm512_and_si512(bits, _mm512_set1_epi32(UPPER_HALF));
-            // Cut off, some NaN would be infinities.
+            // Cut off, some NaN would be infinities: so they become quiet ones, which have this bit.
             let nan = _mm512_fpclass_ps_mask::<NAN>(a);
             let upper = _mm512_mask_or_epi32(upper, nan, upper, _mm512_set1_epi32(0x0040_0000));
             let upper = _mm512_castsi512_ps(upper);
