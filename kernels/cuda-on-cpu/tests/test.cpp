@@ -354,7 +354,7 @@ void faulty_kernels_are_reported() {
   launch_fails("check_ended_lane", {1, 64}, 719, {"__shfl_xor_sync", "common.cuh", "0x00000008"}, at);
   launch_fails("check_divergent_warp", {1, 32}, 719, {"divergent warp", "__shfl_sync", "__shfl_xor_sync"}, at);
   launch_fails("check_write", {1, 1}, 700, {"thread (0,0,0) uses what is 0 bytes behind the end of an allocation of 256 bytes"}, at, uint64_t(64));
-  launch_fails("check_write", {1, 1}, 700, {"thread (0,0,0)"}, at, uint64_t(-1024 * 4));
+  launch_fails("check_write", {1, 1}, 700, {"thread (0,0,0)"}, at, uint64_t(-1024));  // in the guard page
   launch_fails("check_write", {1, 1}, 700, {"null pointer"}, CUdeviceptr(0), uint64_t(0));
   launch_fails("check_misaligned", {1, 32}, 716, {"misaligned address", "common.cuh"}, at, 1u);
   launch_fails("check_shared_bounds", {1, 1}, 700, {"index 32 outside of an array", "checks.cu"}, at, 32u);
