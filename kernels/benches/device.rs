@@ -209,6 +209,7 @@ impl Bench {
                 query_starts: starts.view(),
                 kv_lens: lens.view(),
                 block_tables: tables.view(),
+                table_rows: None,
                 max_blocks,
                 num_decodes: sequences,
                 max_query_len: 1,

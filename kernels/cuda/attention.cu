@@ -9,9 +9,9 @@ constexpr int MAX_PER_LANE = 16;  // elements of a head in one lane: heads of up
 // then sums the values of all 32 for its own elements.
 template <class T, class KV>
 __device__ __forceinline__ void attend(const T* query, size_t query_stride, const KV* keys, const KV* values,
-                                       const uint32_t* query_starts, const uint32_t* kv_lens, const uint32_t* block_tables,
-                                       uint32_t max_blocks, uint32_t num_blocks, uint32_t num_rows, int kv_heads, int head_dim, const Scoring& scoring, T* out,
-                                       size_t out_stride) {
+                                       const uint32_t* query_starts, const uint32_t* kv_lens, const BlockTables& tables,
+                                       uint32_t num_blocks, uint32_t num_rows, int kv_heads, int head_dim,
+                                       const Scoring& scoring, T* out, size_t out_stride) {
   DYNAMIC_SHARED(float, shared);  // the query, then the sums of each warp: [1 + PLAIN_WARPS][head_dim]
   __shared__ float weights[PLAIN_WARPS][PAGE], maxima[PLAIN_WARPS], totals[PLAIN_WARPS];
   const int row = blockIdx.x, sequence = blockIdx.y, head = blockIdx.z, num_heads = gridDim.z;
@@ -19,9 +19,9 @@ __device__ __forceinline__ void attend(const T* query, size_t query_stride, cons
   const int first_token = min(query_starts[sequence], num_rows);
   const int num_tokens = static_cast<int>(min(query_starts[sequence + 1], num_rows)) - first_token;
   if (row >= num_tokens) return;
-  const int own = static_cast<int>(min(kv_lens[sequence], max_blocks * PAGE)) - num_tokens + row;
+  const int own = static_cast<int>(min(kv_lens[sequence], tables.columns * PAGE)) - num_tokens + row;
   const int begin = scoring.first_visible(own), end = own + 1;
-  const uint32_t* table = block_tables + static_cast<size_t>(sequence) * max_blocks;
+  const uint32_t* table = tables.of(sequence);
   const T* from = query + (first_token + row) * query_stride + head * head_dim;
   for (int d = threadIdx.x; d < head_dim; d += PLAIN_WARPS * WARP) shared[d] = to_float(from[d]);
   __syncthreads();
@@ -92,16 +92,18 @@ __device__ __forceinline__ void attend(const T* query, size_t query_stride, cons
 
 // Grid: rows of the longest sequence, sequences, heads.
 // query, out: [num_rows][heads * head_dim]; query_starts: [sequences + 1]; kv_lens: [sequences]; block_tables:
-// [sequences][max_blocks], of the ids of `num_blocks` blocks (rows, lengths and ids beyond are taken for the last, so that no
-// wrong one leaves the memory).
+// [num_tables][max_blocks], of the ids of `num_blocks` blocks; table_rows: [sequences], or null (rows, lengths and ids beyond
+// are taken for the last, so that no wrong one leaves the memory).
 #define ATTENTION(T, KV)                                                                                                       \
   KERNEL(attention_##T##_##KV, PLAIN_WARPS* WARP)                                                                              \
   (const T* query, uint64_t query_stride, const KV* keys, const KV* values, const uint32_t* query_starts,                      \
-   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t num_blocks, uint32_t num_rows,         \
-   uint32_t kv_heads, uint32_t head_dim, float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
+   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, const uint32_t* table_rows,                     \
+   uint32_t num_tables, uint32_t num_blocks, uint32_t num_rows, uint32_t kv_heads, uint32_t head_dim, float scale,             \
+   uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {                    \
     const Scoring scoring{scale, static_cast<int>(window), soft_cap, slopes, sinks};                                           \
-    attend<T, KV>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, num_blocks, num_rows,    \
-                  kv_heads, head_dim, scoring, out, out_stride);                                                                                   \
+    const BlockTables tables{block_tables, table_rows, max_blocks, num_tables};                                                \
+    attend<T, KV>(query, query_stride, keys, values, query_starts, kv_lens, tables, num_blocks, num_rows, kv_heads, head_dim,  \
+                  scoring, out, out_stride);                                                                                   \
   }                                                                                                                            \
   EXPORT(attention_##T##_##KV)
 #define ATTENTION_TYPES(T) ATTENTION(T, f32) ATTENTION(T, f16) ATTENTION(T, bf16) ATTENTION(T, f8)

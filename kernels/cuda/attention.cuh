@@ -10,6 +10,18 @@
 constexpr int PAGE = 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// The ids of sequences' blocks.
+struct BlockTables {
+  const uint32_t* entries;  // [num_rows][columns]
+  const uint32_t* rows;     // of each sequence; null: its own number
+  uint32_t columns, num_rows;
+
+  __device__ __forceinline__ const uint32_t* of(int sequence) const {
+    const uint32_t row = rows != nullptr ? min(rows[sequence], num_rows - 1) : static_cast<uint32_t>(sequence);
+    return entries + static_cast<size_t>(row) * columns;
+  }
+};
+
 // How scores are made, the same for the whole launch.
 struct Scoring {
   float scale;         // of the dot products

@@ -174,8 +174,8 @@ __device__ __forceinline__ void merge_splits(const Partials<D>& partials, size_t
 
 template <class T, class KV, int D>
 __device__ __forceinline__ void decode(const T* query, size_t query_stride, const KV* keys, const KV* values,
-                                       const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks,
-                                       uint32_t num_blocks, uint32_t kv_heads, uint32_t group, const Scoring& scoring, uint32_t min_positions,
+                                       const uint32_t* kv_lens, const BlockTables& tables, uint32_t num_blocks,
+                                       uint32_t kv_heads, uint32_t group, const Scoring& scoring, uint32_t min_positions,
                                        float* partial_memory, uint32_t* done, T* out, size_t out_stride) {
   using Shape = DecodeShape<KV, D>;
   constexpr int UNIT = Shape::UNIT, STAGES = Shape::STAGES, WARPS = Shape::WARPS, CHUNKS = Rows<KV, D>::CHUNKS;
@@ -190,7 +190,7 @@ __device__ __forceinline__ void decode(const T* query, size_t query_stride, cons
   const int first_head = kv_head * group + part * 16, num_rows = min(16, static_cast<int>(group) - part * 16);
   const int split = blockIdx.y, num_splits = gridDim.y, sequence = blockIdx.z;
 
-  const int end = min(kv_lens[sequence], max_blocks * PAGE);
+  const int end = min(kv_lens[sequence], tables.columns * PAGE);
   const int begin = scoring.first_visible(end - 1);
   const int first_unit = begin / UNIT, num_units = (end + UNIT - 1) / UNIT - first_unit;
   const int least = max((num_units + num_splits - 1) / num_splits, static_cast<int>(min_positions) / UNIT);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void decode(const T* query, size_t query_stride, cons
   const int in_split = min(num_units - split * units_per_split, units_per_split);
   const int mine = max((in_split - warp + WARPS - 1) / WARPS, 0);
   const auto unit = [&](int i) { return first_unit + split * units_per_split + warp + WARPS * i; };
-  const uint32_t* table = block_tables + static_cast<size_t>(sequence) * max_blocks;
+  const uint32_t* table = tables.of(sequence);
   const auto page = [&](int i) { return i < mine ? min(table[unit(i) * UNIT / PAGE], num_blocks - 1) : 0u; };
   unsigned char* ring = rings + warp * STAGES * 2 * Shape::HALF;
   // Positions that are not seen are zeros: their weights are 0, but what lies in memory may be NaN.
@@ -298,18 +298,20 @@ __device__ __forceinline__ void decode(const T* query, size_t query_stride, cons
 }
 
 // Grid: kv heads x parts of 16 query heads, splits, sequences.
-// query, out: [sequences][kv_heads * group * D]; kv_lens: [sequences]; block_tables: [sequences][max_blocks], of the ids of
-// `num_blocks` blocks (lengths and ids beyond are taken for the last, so that no wrong one leaves the memory); a split has at
-// least `min_positions`; partials: [sequences][heads][splits][D + 2]; done: [sequences][grid.x], 0 before and after.
+// query, out: [sequences][kv_heads * group * D]; kv_lens: [sequences]; block_tables: [num_tables][max_blocks], of the ids of
+// `num_blocks` blocks; table_rows: [sequences], or null (rows, lengths and ids beyond are taken for the last, so that no wrong
+// one leaves the memory); a split has at least `min_positions`; partials: [sequences][heads][splits][D + 2]; done:
+// [sequences][grid.x], 0 before and after.
 #define DECODE(T, KV, D)                                                                                                       \
   KERNEL(attention_decode_##D##_##T##_##KV, DecodeShape<KV COMMA D>::WARPS* WARP)                                              \
   (const T* query, uint64_t query_stride, const KV* keys, const KV* values, const uint32_t* kv_lens,                           \
-   const uint32_t* block_tables, uint32_t max_blocks, uint32_t num_blocks, uint32_t kv_heads, uint32_t group, float scale, uint32_t window,         \
-   float soft_cap, const float* slopes, const float* sinks, uint32_t min_positions, float* partials, uint32_t* done, T* out,   \
-   uint64_t out_stride) {                                                                                                      \
+   const uint32_t* block_tables, uint32_t max_blocks, const uint32_t* table_rows, uint32_t num_tables, uint32_t num_blocks,    \
+   uint32_t kv_heads, uint32_t group, float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks,   \
+   uint32_t min_positions, float* partials, uint32_t* done, T* out, uint64_t out_stride) {                                     \
     const Scoring scoring{scale, static_cast<int>(window), soft_cap, slopes, sinks};                                           \
-    decode<T, KV, D>(query, query_stride, keys, values, kv_lens, block_tables, max_blocks, num_blocks, kv_heads, group, scoring,           \
-                     min_positions, partials, done, out, out_stride);                                                          \
+    const BlockTables tables{block_tables, table_rows, max_blocks, num_tables};                                                \
+    decode<T, KV, D>(query, query_stride, keys, values, kv_lens, tables, num_blocks, kv_heads, group, scoring, min_positions,  \
+                     partials, done, out, out_stride);                                                                         \
   }                                                                                                                            \
   EXPORT(attention_decode_##D##_##T##_##KV)
 #define COMMA ,

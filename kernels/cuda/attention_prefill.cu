@@ -88,10 +88,9 @@ __device__ __forceinline__ void request_tile(unsigned char* to, const KV* cache,
 
 template <class T, class KV, int D>
 __device__ __forceinline__ void prefill(const T* query, size_t query_stride, const KV* keys, const KV* values,
-                                        const uint32_t* query_starts, const uint32_t* kv_lens, const uint32_t* block_tables,
-                                        uint32_t max_blocks, uint32_t num_blocks, uint32_t group, uint32_t first_sequence,
-                                        uint32_t num_rows, const Scoring& scoring,
-                                        T* out, size_t out_stride) {
+                                        const uint32_t* query_starts, const uint32_t* kv_lens, const BlockTables& tables,
+                                        uint32_t num_blocks, uint32_t group, uint32_t first_sequence, uint32_t num_rows,
+                                        const Scoring& scoring, T* out, size_t out_stride) {
   using Shape = PrefillShape<D>;
   using C = typename Compute<KV>::Type;
   constexpr int TILES = Shape::TILES, ROWS = Shape::ROWS, KEYS = Shape::KEYS, THREADS = Shape::WARPS * WARP;
@@ -109,12 +108,12 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
   const int tile = (all_rows + ROWS - 1) / ROWS - 1 - static_cast<int>(blockIdx.z);
   if (tile < 0) return;
   const int first_row = tile * ROWS, end_row = min(first_row + ROWS, all_rows);
-  const int before = static_cast<int>(min(kv_lens[sequence], max_blocks * PAGE)) - num_tokens;  // the position of the first token
+  const int before = static_cast<int>(min(kv_lens[sequence], tables.columns * PAGE)) - num_tokens;  // the position of the first token
   const auto position = [&](int row) { return before + row / static_cast<int>(group); };
 
   const int begin = scoring.first_visible(position(first_row)), end = position(end_row - 1) + 1;
   const int first_tile = begin / KEYS, end_tile = (end + KEYS - 1) / KEYS;
-  const uint32_t* table = block_tables + static_cast<size_t>(sequence) * max_blocks;
+  const uint32_t* table = tables.of(sequence);
   const auto load_pages = [&](uint32_t(&pages)[KEYS / PAGE], int tile) {
 #pragma unroll
     for (int page = 0; page < KEYS / PAGE; ++page) {
@@ -260,16 +259,18 @@ __device__ __forceinline__ void prefill(const T* query, size_t query_stride, con
 
 // Grid: kv heads, sequences from `first_sequence` on, tiles of rows of the longest.
 // query, out: [num_rows][kv_heads * group * D]; query_starts: [all sequences + 1]; kv_lens: [all sequences]; block_tables:
-// [all sequences][max_blocks], of the ids of `num_blocks` blocks (rows, lengths and ids beyond are taken for the last, so that
-// no wrong one leaves the memory).
+// [num_tables][max_blocks], of the ids of `num_blocks` blocks; table_rows: [all sequences], or null (rows, lengths and ids
+// beyond are taken for the last, so that no wrong one leaves the memory).
 #define PREFILL(T, KV, D)                                                                                                      \
   KERNEL(attention_prefill_##D##_##T##_##KV, PrefillShape<D>::WARPS* WARP)                                                     \
   (const T* query, uint64_t query_stride, const KV* keys, const KV* values, const uint32_t* query_starts,                      \
-   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, uint32_t num_blocks, uint32_t group,            \
-   uint32_t first_sequence, uint32_t num_rows, float scale, uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {       \
+   const uint32_t* kv_lens, const uint32_t* block_tables, uint32_t max_blocks, const uint32_t* table_rows,                     \
+   uint32_t num_tables, uint32_t num_blocks, uint32_t group, uint32_t first_sequence, uint32_t num_rows, float scale,          \
+   uint32_t window, float soft_cap, const float* slopes, const float* sinks, T* out, uint64_t out_stride) {                    \
     const Scoring scoring{scale, static_cast<int>(window), soft_cap, slopes, sinks};                                           \
-    prefill<T, KV, D>(query, query_stride, keys, values, query_starts, kv_lens, block_tables, max_blocks, num_blocks, group,   \
-                      first_sequence, num_rows, scoring, out, out_stride);                                                               \
+    const BlockTables tables{block_tables, table_rows, max_blocks, num_tables};                                                \
+    prefill<T, KV, D>(query, query_stride, keys, values, query_starts, kv_lens, tables, num_blocks, group, first_sequence,     \
+                      num_rows, scoring, out, out_stride);                                                                     \
   }                                                                                                                            \
   EXPORT(attention_prefill_##D##_##T##_##KV)
 #define PREFILL_TYPES(D) PREFILL(bf16, bf16, D) PREFILL(bf16, f8, D) PREFILL(f16, f16, D) PREFILL(f16, f8, D)

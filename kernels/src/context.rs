@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-use crate::cuda::Device;
+use crate::cuda::{Device, Kernels};
 use crate::ops::operands::{require, require_place};
 use crate::pool::Pool;
 use crate::simd::Level;
@@ -52,6 +52,15 @@ impl Context {
         Self::cpu_with_level(num_threads, Level::detect_f32_activations())
     }
 
+    /// As [`Context::cpu`], without kernels for this CPU's vector instructions: what the compiler makes of plain Rust. For
+    /// who doubts their results.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    pub fn cpu_with_plain_kernels(num_threads: usize) -> Self {
+        Self::cpu_with_level(num_threads, Level::Portable)
+    }
+
     /// As [`Context::cpu`], with chosen vector instructions, for tests that compare them.
     ///
     /// # Panics
@@ -74,13 +83,35 @@ impl Context {
     /// Where the system refuses another thread.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize, num_threads: usize) -> Result<Self> {
-        let device = Some(Arc::new(Device::open(ordinal)?));
+        Self::cuda_with_kernels(ordinal, num_threads, Kernels::Tuned)
+    }
+
+    /// As [`Context::cuda`], without the kernels that are tuned for GPUs: products by cuBLASLt alone; attention, experts'
+    /// products and adapters each by the one kernel that is for any size; norms, rotary embedding and writes to the cache
+    /// one by one. What has no alternative stays, such as sampling. For who doubts results: it is slower.
+    ///
+    /// # Panics
+    /// Where the system refuses another thread.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_with_plain_kernels(ordinal: usize, num_threads: usize) -> Result<Self> {
+        Self::cuda_with_kernels(ordinal, num_threads, Kernels::Plain)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_with_kernels(ordinal: usize, num_threads: usize, kernels: Kernels) -> Result<Self> {
+        let device = Some(Arc::new(Device::open(ordinal, kernels)?));
         Ok(Self { device, ..Self::cpu(num_threads) })
     }
 
     /// An error: this build is without CUDA.
     #[cfg(not(feature = "cuda"))]
     pub fn cuda(_ordinal: usize, _num_threads: usize) -> Result<Self> {
+        Err(without_cuda())
+    }
+
+    /// An error: this build is without CUDA.
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda_with_plain_kernels(_ordinal: usize, _num_threads: usize) -> Result<Self> {
         Err(without_cuda())
     }
 
@@ -194,6 +225,16 @@ impl Context {
         Ok(None)
     }
 
+    /// Bytes that were copied to the device so far, for tests of what a step sends; 0 on the CPU.
+    #[doc(hidden)]
+    pub fn copied_bytes(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            return device.stream().copied_bytes();
+        }
+        0
+    }
+
     /// As if operations had not taken the memory that they need inside, for tests of what happens where there is none left.
     #[doc(hidden)]
     pub fn forget_scratch(&self) -> Result<()> {
@@ -250,6 +291,22 @@ impl Context {
     #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> Option<&Arc<Device>> {
         self.device.as_ref()
+    }
+
+    /// The device, if it is to compute several operations in one kernel.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn fusing_device(&self) -> Option<&Arc<Device>> {
+        self.device().filter(|device| device.kernels() == Kernels::Tuned)
+    }
+
+    /// Names of the kernels that operations have used so far, for tests of which these are; none on the CPU.
+    #[doc(hidden)]
+    pub fn used_kernels(&self) -> Vec<String> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.device() {
+            return device.used_kernels();
+        }
+        Vec::new()
     }
 }
 

@@ -30,6 +30,14 @@ impl Context {
 }
 
 impl Graph {
+    /// Kernels of ours that were recorded; those of libraries are not counted.
+    pub fn num_launches(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        return self.inner.num_launches();
+        #[cfg(not(feature = "cuda"))]
+        match self.none {}
+    }
+
     /// Queues all operations.
     pub fn launch(&self) -> Result<()> {
         #[cfg(feature = "cuda")]

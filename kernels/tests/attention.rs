@@ -4,7 +4,7 @@ mod common;
 
 use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
 use half::bf16;
-use kernels::ops::attention::{self, paged_attention};
+use kernels::ops::attention::{self, BlockTables, NewBlocks, paged_attention};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Result, Tensor, View};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -373,6 +373,37 @@ fn check_rounding(
 }
 
 #[test]
+fn sequences_find_their_tables_in_the_rows_that_they_name() {
+    let context = Context::cpu(2);
+    let (mut cache, query) = (
+        KvLayer::new(&context, 4, 2, 16, 8, DType::F16).expect("a float type"),
+        tensor(&mut rng(6), 3, 32, DType::F32),
+    );
+    let kv = tensor(&mut rng(7), 64, 16, DType::F32);
+    let slots: Vec<u32> = (0..64).collect();
+    write_kv(&context, kv.view(), kv.view(), &slots, &mut cache).expect("shapes fit");
+    let attend = |batch: &AttentionBatch<'_>| {
+        let mut out = Tensor::zeros(3, 32, DType::F32);
+        let params = AttentionParams::new(1.0);
+        paged_attention(&context, query.view(), &cache, batch, params, out.view_mut()).expect("shapes fit");
+        out.as_slice::<f32>().to_vec()
+    };
+    let in_order = AttentionBatch::from_slices(&[0, 1, 3], &[20, 2], &[1, 2, 3, 0], 2);
+    let mut tables = BlockTables::new(&context, 5, 3, 2).expect("memory");
+    for (row, column, ids) in [(4, 0, &[1][..]), (2, 0, &[3, 0]), (4, 1, &[2])] {
+        tables.append(&context, [NewBlocks { row, column, ids }]).expect("they fit");
+    }
+    let rows = [4, 2];
+    let kept = AttentionBatch {
+        block_tables: tables.entries(),
+        table_rows: Some(View::from_slice(&rows, 1, 2)),
+        max_blocks: tables.max_blocks(),
+        ..in_order
+    };
+    assert_eq!(attend(&kept), attend(&in_order));
+}
+
+#[test]
 fn operands_that_do_not_fit_are_refused() {
     let context = Context::cpu(1);
     let mut cache = KvLayer::new(&context, 4, 2, 16, 8, DType::F16).expect("a float type");
@@ -396,6 +427,9 @@ fn operands_that_do_not_fit_are_refused() {
         attend(&good, AttentionBatch { kv_lens: vector(&[33, 2]), ..batch }),
         attend(&good, AttentionBatch { block_tables: vector(&[0, 4, 3, 0]), ..batch }),
         attend(&good, AttentionBatch { block_tables: vector(&[0, 1, 3]), ..batch }),
+        attend(&good, AttentionBatch { table_rows: Some(vector(&[0])), ..batch }),
+        attend(&good, AttentionBatch { table_rows: Some(vector(&[0, 2])), ..batch }),
+        attend(&good, AttentionBatch { table_rows: Some(vector(&[0, u32::MAX])), ..batch }),
     ];
     for (i, outcome) in shape_errors.into_iter().enumerate() {
         assert!(matches!(outcome, Err(Error::Shape { .. })), "case {i}");

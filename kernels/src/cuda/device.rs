@@ -30,11 +30,21 @@ const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 const MAX_DTYPES: usize = 4;
 type KernelKey = (&'static str, [Option<DType>; MAX_DTYPES]);
 
+/// Which kernels compute, where several can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernels {
+    /// Those that are the fastest for a size.
+    Tuned,
+    /// Libraries, and the simplest of ours.
+    Plain,
+}
+
 /// A GPU that operations run on.
 pub(crate) struct Device {
     properties: Properties,
+    kernels: Kernels,
     modules: Vec<sys::CUmodule>,
-    kernels: Mutex<HashMap<KernelKey, Kernel>>,
+    found: Mutex<HashMap<KernelKey, Kernel>>,
     /// By name, the one in use last: graphs may hold the addresses of those before it, so they stay.
     scratch: Mutex<HashMap<&'static str, Vec<DeviceMemory>>>,
     uploader: Mutex<Option<Uploader>>,
@@ -61,14 +71,15 @@ pub(crate) struct Properties {
 }
 
 impl Device {
-    pub(crate) fn open(ordinal: usize) -> Result<Self> {
+    pub(crate) fn open(ordinal: usize, kernels: Kernels) -> Result<Self> {
         let device = find_device(ordinal)?;
         let properties = Properties::of(device)?;
         let stream = Arc::new(Stream::open(device)?);
         let mut this = Self {
             properties,
+            kernels,
             modules: Vec::new(),
-            kernels: Mutex::default(),
+            found: Mutex::default(),
             scratch: Mutex::default(),
             uploader: Mutex::default(),
             cublaslt: OnceLock::new(),
@@ -82,7 +93,21 @@ impl Device {
 
     pub(crate) fn name(&self) -> String {
         let (major, minor) = self.properties.capability;
-        format!("{}, compute capability {major}.{minor}", self.properties.name)
+        let kernels = match self.kernels {
+            Kernels::Tuned => "",
+            Kernels::Plain => ", plain kernels",
+        };
+        format!("{}, compute capability {major}.{minor}{kernels}", self.properties.name)
+    }
+
+    pub(crate) fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// Names of those that [`Self::kernel`] has found so far.
+    pub(crate) fn used_kernels(&self) -> Vec<String> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.keys().map(|(op, _)| (*op).to_owned()).collect()
     }
 
     pub(crate) fn properties(&self) -> &Properties {
@@ -100,13 +125,13 @@ impl Device {
             *place = Some(dtype);
         }
         assert!(dtypes.len() <= MAX_DTYPES, "{op}: {dtypes:?}");
-        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&kernel) = kernels.get(&key) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&kernel) = found.get(&key) {
             return Ok(kernel);
         }
         self.stream.bind()?;
         let kernel = launch::find(&self.modules, op, dtypes, self.properties.shared_bytes as i32)?;
-        kernels.insert(key, kernel);
+        found.insert(key, kernel);
         Ok(kernel)
     }
 

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 pub(crate) struct Graph {
     stream: Arc<Stream>,
     executable: sys::CUgraphExec,
+    num_launches: u64,
 }
 
 // SAFETY: as of `Stream`; it is launched by one thread at a time, on one stream.
@@ -30,7 +31,9 @@ impl Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is ours and not being captured.
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream.raw(), mode) })?;
+        let before = stream.num_launches();
         let recorded = step();
+        let num_launches = stream.num_launches() - before;
         let mut graph = Recorded(null_mut());
         // SAFETY: begun above. Also after an error, so that the stream is usable again.
         let ended =
@@ -42,7 +45,11 @@ impl Graph {
         check("cuGraphInstantiate", unsafe {
             sys::cuGraphInstantiateWithFlags(&raw mut executable, graph.0, 0)
         })?;
-        Ok(Self { stream: Arc::clone(stream), executable })
+        Ok(Self { stream: Arc::clone(stream), executable, num_launches })
+    }
+
+    pub(crate) fn num_launches(&self) -> usize {
+        self.num_launches as usize
     }
 
     pub(crate) fn launch(&self) -> Result<()> {

@@ -127,6 +127,7 @@ impl Kernel {
         }
         let stream = device.stream();
         stream.bind()?;
+        stream.count_launch();
         // SAFETY: the driver reads as many values as the kernel has parameters, by the caller's promise.
         let answer = unsafe {
             sys::cuLaunchKernel(

@@ -77,6 +77,7 @@ impl DeviceMemory {
     ) -> Result<()> {
         assert!(len <= from.size && offset + len <= self.size, "copy_from_pinned: {offset}+{len}");
         self.stream.bind()?;
+        self.stream.count_copied(len);
         // SAFETY: both ranges were checked; `from` stays, by the caller's promise.
         check("cuMemcpyHtoDAsync", unsafe {
             sys::cuMemcpyHtoDAsync_v2(

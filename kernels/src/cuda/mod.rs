@@ -16,7 +16,7 @@ mod stream;
 mod upload;
 
 pub(crate) use cublaslt::{Operand, Product};
-pub(crate) use device::{Device, num_devices};
+pub(crate) use device::{Device, Kernels, num_devices};
 pub(crate) use graph::Graph;
 pub(crate) use launch::{Argument, Grid};
 pub(crate) use memory::{DeviceMemory, DevicePtr};

@@ -19,6 +19,10 @@ pub(crate) struct Stream {
     generation: u64,
     /// Steps under way that must not allocate.
     frozen: AtomicU32,
+    /// Of our kernels, queued or recorded so far.
+    launches: AtomicU64,
+    /// Copied to the device so far.
+    copied_bytes: AtomicU64,
 }
 
 // SAFETY: the driver's handles may be used from any thread that has the context current; each call makes it so.
@@ -41,7 +45,15 @@ impl Stream {
             sys::cuDevicePrimaryCtxRetain(&raw mut context, device)
         })?;
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
-        let mut this = Self { device, context, queue: null_mut(), generation, frozen: AtomicU32::new(0) };
+        let mut this = Self {
+            device,
+            context,
+            queue: null_mut(),
+            generation,
+            frozen: AtomicU32::new(0),
+            launches: AtomicU64::new(0),
+            copied_bytes: AtomicU64::new(0),
+        };
         this.bind()?;
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; the stream is destroyed with `this`.
@@ -68,6 +80,22 @@ impl Stream {
         self.bind()?;
         // SAFETY: the stream is ours.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.queue) })
+    }
+
+    pub(super) fn count_launch(&self) {
+        self.launches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn num_launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_copied(&self, bytes: usize) {
+        self.copied_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn copied_bytes(&self) -> u64 {
+        self.copied_bytes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn freeze(&self) {

@@ -20,11 +20,13 @@ mod cuda;
 mod products;
 mod rotary_write_kv;
 mod state;
+mod tables;
 mod tile;
 mod tiles;
 
 pub use cache::{KvLayer, write_kv};
 pub use rotary_write_kv::{HeadNorms, RotaryAndPages, rotary_write_kv};
+pub use tables::{BlockTables, NewBlocks};
 
 use tile::{Merge, Output, Splits, Tile, Whole};
 
@@ -44,6 +46,8 @@ pub struct AttentionBatch<'a> {
     pub kv_lens: View<'a>,
     /// u32 `[1, num_sequences * max_blocks]` or longer: row by row; entries behind a sequence's last block are not read.
     pub block_tables: View<'a>,
+    /// u32 `[1, num_sequences]`: which row of `block_tables` is each sequence's; without it, sequence `s` has row `s`.
+    pub table_rows: Option<View<'a>>,
     /// Columns of `block_tables`.
     pub max_blocks: usize,
     /// The first sequences, so many, have one row each.
@@ -68,6 +72,7 @@ impl<'a> AttentionBatch<'a> {
             query_starts: vector(query_starts),
             kv_lens: vector(kv_lens),
             block_tables: vector(block_tables),
+            table_rows: None,
             max_blocks,
             num_decodes: rows().take_while(|&rows| rows == 1).count(),
             max_query_len: rows().max().unwrap_or(0),
@@ -82,6 +87,7 @@ struct Sequences<'a> {
     query_starts: &'a [u32],
     kv_lens: &'a [u32],
     block_tables: &'a [u32],
+    table_rows: Option<&'a [u32]>,
     max_blocks: usize,
 }
 
@@ -92,8 +98,20 @@ impl<'a> Sequences<'a> {
             query_starts: vector("query_starts", batch.query_starts)?,
             kv_lens: vector("kv_lens", batch.kv_lens)?,
             block_tables: vector("block_tables", batch.block_tables)?,
+            table_rows: batch
+                .table_rows
+                .map(|rows| u32_vector(op, "table_rows", rows, batch.kv_lens.cols()))
+                .transpose()?,
             max_blocks: batch.max_blocks,
         })
+    }
+
+    /// Its row of the tables, and all behind it; none where there is no such row.
+    fn table(&self, sequence: usize) -> Option<&'a [u32]> {
+        let row = self.table_rows.map_or(sequence, |rows| rows[sequence] as usize);
+        let first = row.checked_mul(self.max_blocks)?;
+        let table = self.block_tables.get(first..)?;
+        (table.len() >= self.max_blocks).then_some(table)
     }
 }
 
@@ -157,7 +175,7 @@ pub fn paged_attention(
 }
 
 fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewMut<'_>) -> Result<()> {
-    let Sequences { query_starts, kv_lens, block_tables, max_blocks } = sequences;
+    let Sequences { query_starts, kv_lens, block_tables, table_rows, max_blocks } = sequences;
     let shape = (query.rows(), query.cols());
     require_f32_matrix(OP, "query", matrix(query), shape)?;
     require_f32_matrix(OP, "out", matrix_mut(out), shape)?;
@@ -171,7 +189,8 @@ fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewM
     })?;
     require(
         OP,
-        query_starts.len() == kv_lens.len() + 1 && block_tables.len() >= kv_lens.len() * max_blocks,
+        query_starts.len() == kv_lens.len() + 1
+            && (table_rows.is_some() || block_tables.len() >= kv_lens.len() * max_blocks),
         || {
             format!(
                 "{} query starts and {} block table entries for {} sequences of {max_blocks} blocks",
@@ -191,7 +210,13 @@ fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewM
         require(OP, rows <= kv_len && blocks <= max_blocks, || {
             format!("sequence {sequence} has {rows} rows, {kv_len} tokens and a table of {max_blocks} blocks")
         })?;
-        let table = &block_tables[sequence * max_blocks..][..blocks];
+        let Some(table) = sequences.table(sequence) else {
+            return require(OP, false, || {
+                let entries = block_tables.len();
+                format!("sequence {sequence} has a row beyond the {entries} entries of tables of {max_blocks} blocks")
+            });
+        };
+        let table = &table[..blocks];
         require(OP, table.iter().all(|&block| (block as usize) < cache.num_blocks()), || {
             format!(
                 "sequence {sequence} has a block beyond the {} of the cache: {table:?}",
@@ -467,7 +492,7 @@ impl<'a> Attention<'a> {
             first_position: kv_len - (rows.end - rows.first),
             keys: self.cache.keys.as_slice::<T>(),
             values: self.cache.values.as_slice::<T>(),
-            table: &self.sequences.block_tables[rows.sequence * self.sequences.max_blocks..],
+            table: self.sequences.table(rows.sequence).expect("checked by the operation"),
             kv_heads,
             kv_head,
             block_size,

@@ -7,7 +7,7 @@
 //! all bits of x.
 //!
 //! On a GPU, x has the type of dense weights, and what a row's sums are added up from depends on the number of rows: up to 16
-//! of them give the same bits in any number, see `cuda/few.rs`.
+//! of them give the same bits in any number, see `cuda/few.rs` (but of plain kernels: a library says what it adds up).
 
 use std::cell::RefCell;
 use std::ops::Range;

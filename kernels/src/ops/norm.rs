@@ -1,9 +1,12 @@
 //! RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467) and layer normalization (Ba et al. 2016,
 //! arXiv:1607.06450).
 
-use super::operands::{SharedRows, f32_vector, matrix, matrix_mut, on_cuda, require, require_f32_matrix};
+use super::activation::add;
+use super::operands::{
+    SharedRows, f32_vector, matrix, matrix_mut, on_cuda, on_fusing_cuda, require, require_f32_matrix,
+};
 use crate::simd::{Float, Kernel, Simd, spans};
-use crate::{Context, Result, Tensor, View, ViewMut};
+use crate::{Context, Place, Result, Tensor, View, ViewMut};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -30,14 +33,18 @@ pub fn rms_norm(context: &Context, x: View<'_>, weight: &Tensor, eps: f32, out: 
 /// `[1, cols]`.
 pub fn add_rms_norm(
     context: &Context,
-    residual: ViewMut<'_>,
+    mut residual: ViewMut<'_>,
     x: View<'_>,
     weight: &Tensor,
     eps: f32,
     out: ViewMut<'_>,
 ) -> Result<()> {
     const OP: &str = "add_rms_norm";
-    on_cuda!(context, |device| cuda::add_rms_norm(device, residual, x, weight, eps, out));
+    on_fusing_cuda!(context, |device| cuda::add_rms_norm(device, residual, x, weight, eps, out));
+    if context.place() == Place::Device {
+        add(context, residual.reborrow(), x)?;
+        return rms_norm(context, residual.as_view(), weight, eps, out);
+    }
     let (rows, cols) = (x.rows(), x.cols());
     require_f32_matrix(OP, "x", matrix(x), (rows, cols))?;
     require_f32_matrix(OP, "residual", matrix_mut(&residual), (rows, cols))?;
@@ -118,8 +125,8 @@ pub fn add_layer_norm(
     weights: LayerNormWeights<'_>,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    on_cuda!(context, |device| cuda::add_layer_norm(device, residual, x, weights, out));
-    super::activation::add(context, residual.reborrow(), x)?;
+    on_fusing_cuda!(context, |device| cuda::add_layer_norm(device, residual, x, weights, out));
+    add(context, residual.reborrow(), x)?;
     layer_norm(context, residual.as_view(), weights, out)
 }
 

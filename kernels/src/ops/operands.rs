@@ -19,6 +19,19 @@ macro_rules! on_cuda {
 }
 pub(crate) use on_cuda;
 
+/// As [`on_cuda`], where the device has a kernel for what are several operations otherwise.
+macro_rules! on_fusing_cuda {
+    ($context:expr, |$device:pat_param| $call:expr) => {
+        #[cfg(feature = "cuda")]
+        if let Some($device) = $context.fusing_device() {
+            return $call;
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = $context;
+    };
+}
+pub(crate) use on_fusing_cuda;
+
 /// Refuses with a shape error unless `holds`.
 pub(crate) fn require(op: &'static str, holds: bool, message: impl FnOnce() -> String) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::Shape { op, message: message() }) }

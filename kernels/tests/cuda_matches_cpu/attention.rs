@@ -1,6 +1,6 @@
 //! Attention over pages: decode rows, chunks of prompts, all parameters.
 
-use kernels::ops::attention::{paged_attention, write_kv};
+use kernels::ops::attention::{BlockTables, NewBlocks, paged_attention, write_kv};
 use kernels::{
     AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Result, Staging, Tensor, View,
 };
@@ -216,6 +216,41 @@ fn on_cpu(fixture: &Fixture, cached: &Cached, lens: Lens<'_>, query: &Tensor, fe
 }
 
 fn check(fixture: &mut Fixture, shape: Shape, layout: Layout, features: Features, lens: Lens<'_>) {
+    check_tables(fixture, (shape, layout, features), lens, Tables::Sent);
+}
+
+/// Where the block tables of a batch come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tables {
+    /// In the batch's order, with it.
+    Sent,
+    /// From rows that sequences name, in which they have grown.
+    Kept,
+}
+
+/// The tables of `cached` among others, in two pieces each, and the row of each sequence.
+fn kept(fixture: &Fixture, cached: &Cached, num_sequences: usize) -> (BlockTables, Vec<u32>) {
+    let columns = cached.max_blocks + 3;
+    let rows: Vec<u32> = (0..num_sequences as u32).map(|sequence| 2 * sequence + 1).rev().collect();
+    let mut tables = BlockTables::new(&fixture.cuda, 2 * num_sequences + 1, columns, num_sequences).expect("memory");
+    let first = cached.max_blocks / 2;
+    for (column, end) in [(0, first), (first, cached.max_blocks)] {
+        let new = rows.iter().zip(cached.tables.chunks(cached.max_blocks)).map(|(&row, table)| NewBlocks {
+            row: row as usize,
+            column,
+            ids: &table[column..end],
+        });
+        tables.append(&fixture.cuda, new).expect("they fit");
+    }
+    (tables, rows)
+}
+
+fn check_tables(
+    fixture: &mut Fixture,
+    (shape, layout, features): (Shape, Layout, Features),
+    lens: Lens<'_>,
+    tables: Tables,
+) {
     let kv_lens: Vec<usize> = lens.iter().map(|lens| lens.1).collect();
     let cached = Cached::new(fixture, shape, &kv_lens);
     let rows = lens.iter().map(|lens| lens.0).sum();
@@ -230,14 +265,21 @@ fn check(fixture: &mut Fixture, shape: Shape, layout: Layout, features: Features
     };
     let there = [on_host.query_starts, on_host.kv_lens, on_host.block_tables].map(upload);
     let [query_starts, kv_lens, block_tables] = there.each_ref().map(Tensor::view);
-    let batch = AttentionBatch { query_starts, kv_lens, block_tables, ..on_host };
+    let mut batch = AttentionBatch { query_starts, kv_lens, block_tables, ..on_host };
+    let (kept, rows) = kept(fixture, &cached, lens.len());
+    let rows = upload(View::from_slice(&rows, 1, rows.len()));
+    if tables == Tables::Kept {
+        batch.block_tables = kept.entries();
+        batch.max_blocks = kept.max_blocks();
+        batch.table_rows = Some(rows.view());
+    }
     let of_heads = OfHeads::new(&fixture.cuda, cached.heads());
     let params = of_heads.params(shape.head_dim, features);
     let query = fixture.upload(&query, shape.dtype, layout);
     let mut out = fixture.poisoned(rows, cached.cols(), shape.dtype, layout);
     paged_attention(&fixture.cuda, query.view(), &cached.on_device, &batch, params, out.view_mut())
         .expect("shapes fit");
-    let what = format!("{shape:?} {features:?} {layout:?} {lens:?}");
+    let what = format!("{shape:?} {features:?} {layout:?} {lens:?} {tables:?}");
     fixture.check(&what, &out, &expected, tolerance(shape.dtype));
 }
 
@@ -318,6 +360,36 @@ fn lengths_at_the_borders_of_blocks_units_and_splits_are_seen_to_the_end() {
 }
 
 #[test]
+fn sequences_find_their_tables_in_the_rows_that_they_name() {
+    let mut fixture = Fixture::new(38);
+    for (head_dim, kv_dtype) in [(64, DType::F16), (128, DType::F8E4M3), (40, DType::F16)] {
+        let shape = Shape { kv_heads: 2, group: 2, head_dim, dtype: DType::F16, kv_dtype };
+        let lens = ragged(&mut fixture, 40);
+        check_tables(&mut fixture, (shape, LAYOUTS[0], Features::default()), &lens, Tables::Kept);
+    }
+}
+
+#[test]
+fn what_is_outside_of_the_tables_is_not_appended() {
+    let fixture = Fixture::new(39);
+    for context in [&fixture.cpu, &fixture.cuda] {
+        let mut tables = BlockTables::new(context, 2, 3, 2).expect("memory");
+        let mut append =
+            |row, column, ids: &[u32]| tables.append(context, [NewBlocks { row, column, ids }]);
+        append(0, 0, &[5, 6]).expect("it fits");
+        append(1, 2, &[7]).expect("it fits");
+        append(0, 2, &[8]).expect("it fits");
+        append(1, 9, &[]).expect("nothing");
+        for (row, column, ids) in [(2, 0, &[1][..]), (0, 3, &[1]), (1, 2, &[1, 2])] {
+            assert!(matches!(append(row, column, ids), Err(Error::Shape { .. })));
+        }
+        let mut entries = [0; 6];
+        context.download(tables.entries(), &mut entries).expect("shapes fit");
+        assert_eq!(entries, [5, 6, 8, 0, 0, 7]);
+    }
+}
+
+#[test]
 fn a_recorded_launch_serves_all_lengths() {
     let mut fixture = Fixture::new(35);
     let shape = Shape { kv_heads: 1, group: 4, head_dim: 128, dtype: DType::BF16, kv_dtype: DType::BF16 };
@@ -368,6 +440,7 @@ fn arrays_that_point_outside_of_the_memory_are_kept_within_it() {
             query_starts: starts.view(),
             kv_lens: lens.view(),
             block_tables: tables.view(),
+            table_rows: None,
             max_blocks: cached.max_blocks,
             num_decodes: 1,
             max_query_len: 5,
@@ -395,6 +468,7 @@ fn operands_that_do_not_fit_are_refused() {
         query_starts: starts.view(),
         kv_lens: lens.view(),
         block_tables: tables.view(),
+        table_rows: None,
         max_blocks: cached.max_blocks,
         num_decodes: 2,
         max_query_len: 1,
@@ -414,6 +488,12 @@ fn operands_that_do_not_fit_are_refused() {
         attend(there.view(), AttentionBatch { query_starts: View::from_slice(&host, 1, 3), ..good }, params),
         attend(there.view(), AttentionBatch { kv_lens: starts.view(), ..good }, params),
         attend(there.view(), AttentionBatch { block_tables: lens.view(), ..good }, params),
+        attend(there.view(), AttentionBatch { table_rows: Some(starts.view()), ..good }, params),
+        attend(
+            there.view(),
+            AttentionBatch { table_rows: Some(lens.view()), max_blocks: 5 + cached.tables.len(), ..good },
+            params,
+        ),
         attend(there.view(), AttentionBatch { num_decodes: 3, ..good }, params),
         attend(there.view(), AttentionBatch { max_query_len: 3, ..good }, params),
         attend(there.view(), AttentionBatch { max_kv_len: 4000, ..good }, params),

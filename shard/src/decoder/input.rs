@@ -1,5 +1,6 @@
 //! What a step computes: a flat batch of decode rows and prefill chunks.
 
+use kernels::ops::attention::BlockTables;
 use kernels::ops::lora::{AdapterRows, NO_ADAPTER};
 use kernels::ops::sampling::{self, SamplingRow};
 use kernels::{AttentionBatch, Context, Place, Result, Staging, View};
@@ -19,9 +20,11 @@ pub struct ForwardInput {
     /// `[num_sequences]`, tokens of the sequence in the cache after this step.
     pub kv_lens: Vec<u32>,
     /// `[num_sequences, max_blocks]`, row by row: block ids in the sequence's order. What lies behind a sequence's last
-    /// block is not read.
+    /// block is not read. Empty where the device keeps the tables.
     pub block_tables: Vec<u32>,
-    /// Columns of `block_tables`.
+    /// `[num_sequences]`, which row of the device's tables is each sequence's; empty where it keeps none.
+    pub table_rows: Vec<u32>,
+    /// Blocks of the longest sequence; columns of `block_tables`.
     pub max_blocks: usize,
     /// Rows whose logits are wanted.
     pub logit_rows: Vec<u32>,
@@ -53,7 +56,7 @@ impl ForwardInput {
             Place::Device => (rows, 2 * sequences * MAX_LOGIT_BIASES),
         };
         let sampling_words = sampling * SamplingRow::WORDS;
-        let index_arrays = [rows, rows, rows, sequences + 1, sequences, tables, rows, rows];
+        let index_arrays = [rows, rows, rows, sequences + 1, sequences, tables, sequences, rows, rows];
         Staging::new(context, &[&index_arrays[..], &[sampling_words, sampling, biases]].concat())
     }
 
@@ -66,6 +69,7 @@ impl ForwardInput {
             &self.query_starts,
             &self.kv_lens,
             &self.block_tables,
+            &self.table_rows,
             &self.logit_rows,
             &self.adapters,
             &self.sampling.rows,
@@ -80,6 +84,7 @@ impl ForwardInput {
             query_starts,
             kv_lens,
             block_tables,
+            table_rows,
             logit_rows,
             adapters,
             sampling_rows,
@@ -91,6 +96,7 @@ impl ForwardInput {
             query_starts,
             kv_lens,
             block_tables,
+            table_rows: (!self.table_rows.is_empty()).then_some(table_rows),
             max_blocks: self.max_blocks,
             num_decodes: row_counts().take_while(|&rows| rows == 1).count(),
             max_query_len: row_counts().max().unwrap_or(0),
@@ -110,8 +116,8 @@ impl ForwardInput {
         })
     }
 
-    /// Fills a batch of decode rows up to `num_rows` with rows that write nothing, attend to nothing and
-    /// choose nothing.
+    /// Fills a batch of decode rows, whose tables the device keeps, up to `num_rows` with rows that write nothing, attend
+    /// to nothing and choose nothing.
     ///
     /// # Panics
     /// Where there are more rows already.
@@ -122,7 +128,7 @@ impl ForwardInput {
         self.slot_mapping.resize(num_rows, u32::MAX);
         self.kv_lens.resize(num_rows, 0);
         self.adapters.resize(num_rows, NO_ADAPTER);
-        self.block_tables.resize(num_rows * self.max_blocks, 0);
+        self.table_rows.resize(num_rows, 0);
         let first = self.query_starts.last().map_or(0, |end| end + 1);
         self.query_starts.extend(first..first + padding as u32);
         for _ in self.logit_rows.len()..num_rows {
@@ -158,6 +164,14 @@ pub struct StepInput<'a> {
 }
 
 impl<'a> StepInput<'a> {
+    /// With the block tables that the device keeps.
+    #[must_use]
+    pub fn with_tables(mut self, tables: &'a BlockTables) -> Self {
+        self.batch.block_tables = tables.entries();
+        self.batch.max_blocks = tables.max_blocks();
+        self
+    }
+
     /// With ids that lie elsewhere.
     #[must_use]
     pub fn with_token_ids(self, token_ids: View<'a>) -> Self {

@@ -64,6 +64,7 @@ impl Batch {
         input.query_starts.push(0);
         input.kv_lens.clear();
         input.block_tables.clear();
+        input.table_rows.clear();
         input.logit_rows.clear();
         input.adapters.clear();
         input.sampling.rows.clear();
@@ -96,6 +97,7 @@ impl Batch {
         }
         self.input.query_starts.push(self.input.token_ids.len() as u32);
         self.input.kv_lens.push(end as u32);
+        self.input.table_rows.extend(sequence.on_device.as_ref().map(|device| device.slot));
         let samples = end == sequence.len();
         self.entries.push(Entry { sequence_id: scheduled.sequence_id, num_tokens, samples });
     }
@@ -124,22 +126,14 @@ impl Batch {
         self.input.token_ids.len() == self.entries.len()
     }
 
-    /// Gives the block tables more columns.
-    pub(super) fn widen_block_tables(&mut self, max_blocks: usize) {
-        let old = self.input.max_blocks;
-        let rows = self.entries.len();
-        self.input.block_tables.resize(rows * max_blocks, 0);
-        for row in (1..rows).rev() {
-            self.input.block_tables.copy_within(row * old..(row + 1) * old, row * max_blocks);
-        }
-        // What lies behind a sequence's last block is not read, but is a block.
-        self.input.max_blocks = max_blocks;
-    }
-
+    /// Where the device does not keep them.
     fn fill_block_tables(&mut self, sequences: &Sequences) {
         let tables = || self.entries.iter().map(|entry| &sequences[&entry.sequence_id].block_ids);
         let max_blocks = tables().map(Vec::len).max().unwrap_or(0);
         self.input.max_blocks = max_blocks;
+        if !self.input.table_rows.is_empty() {
+            return;
+        }
         for (index, table) in tables().enumerate() {
             self.input.block_tables.extend_from_slice(table);
             self.input.block_tables.resize((index + 1) * max_blocks, 0);
@@ -151,6 +145,7 @@ impl Batch {
 mod tests {
     use kernels::ops::lora::NO_ADAPTER;
 
+    use super::super::device_sampling::DeviceSampling;
     use super::super::sequence::tests::new_sequence;
     use super::*;
     use crate::decoder::SamplingInput;
@@ -162,6 +157,11 @@ mod tests {
         new.computed_tokens = computed_len as u32;
         new.block_ids = block_ids.to_vec();
         Sequence::new(new)
+    }
+
+    fn place(sequence: &mut Sequence, slot: u32) {
+        let parameters = crate::sampling::neutral_parameters();
+        sequence.on_device = Some(DeviceSampling::new(slot, &parameters, 0));
     }
 
     fn scheduled(sequence_id: u64, num_tokens: u32) -> ScheduledSequence {
@@ -195,6 +195,7 @@ mod tests {
                 query_starts: vec![0, 1, 4],
                 kv_lens: vec![5, 5],
                 block_tables: vec![7, 2, 5, 0],
+                table_rows: vec![],
                 max_blocks: 2,
                 logit_rows: vec![0],
                 adapters: vec![NO_ADAPTER, 1, 1, 1],
@@ -221,41 +222,38 @@ mod tests {
     }
 
     #[test]
-    fn widened_tables_keep_each_sequences_blocks() {
-        let sequences = Sequences::from([
-            (1, sequence(&[1, 2, 3, 4, 5], 4, &[6, 1])),
-            (2, sequence(&[1], 0, &[3])),
-            (3, sequence(&[1, 2, 3, 4, 5], 4, &[4, 5])),
+    fn sequences_on_a_device_name_their_tables_there() {
+        let mut sequences = Sequences::from([
+            (1, sequence(&[1], 0, &[6])),
+            (2, sequence(&[1, 2, 3, 4, 5], 4, &[3, 4])),
         ]);
-        let mut batch = batch(&[scheduled(1, 1), scheduled(2, 1), scheduled(3, 1)], &sequences);
-        assert!(batch.is_decode_only());
-        batch.widen_block_tables(5);
-        assert_eq!(batch.input.max_blocks, 5);
-        let row = |row: usize| &batch.input.block_tables[row * 5..][..2];
-        assert_eq!([row(0), row(1), row(2)], [[6, 1], [3, 0], [4, 5]]);
-        assert_eq!(batch.input.block_tables.len(), 15);
+        place(sequences.get_mut(&1).unwrap(), 9);
+        place(sequences.get_mut(&2).unwrap(), 4);
+        let batch = batch(&[scheduled(1, 1), scheduled(2, 1)], &sequences);
+        assert_eq!(batch.input.table_rows, [9, 4]);
+        assert_eq!((&batch.input.block_tables[..], batch.input.max_blocks), (&[][..], 2));
     }
 
     #[test]
     fn padding_adds_rows_that_write_read_and_choose_nothing() {
-        let sequences = Sequences::from([(1, sequence(&[1, 2], 1, &[6]))]);
+        let mut sequences = Sequences::from([(1, sequence(&[1, 2], 1, &[6]))]);
+        place(sequences.get_mut(&1).unwrap(), 9);
         let mut batch = batch(&[scheduled(1, 1)], &sequences);
-        batch.widen_block_tables(2);
+        assert!(batch.is_decode_only());
         batch.input.pad(3);
         let input = &batch.input;
         assert_eq!((&input.token_ids[1..], &input.kv_lens[..]), (&[0, 0][..], &[2, 0, 0][..]));
         assert_eq!(input.slot_mapping[1..], [u32::MAX; 2]);
         assert_eq!(input.adapters, [NO_ADAPTER; 3]);
         assert_eq!(input.query_starts, [0, 1, 2, 3]);
-        assert_eq!((input.block_tables.len(), &input.logit_rows[..]), (6, &[0, 0, 0][..]));
+        assert_eq!((&input.table_rows[..], &input.logit_rows[..]), (&[9, 0, 0][..], &[0, 0, 0][..]));
         assert_eq!(input.sampling.slots[1..], [u32::MAX; 2]);
     }
 
     #[test]
     fn a_token_that_is_being_chosen_is_named_by_its_place_on_the_device() {
         let mut running = sequence(&[1, 2], 2, &[6]);
-        let parameters = crate::sampling::neutral_parameters();
-        running.on_device = Some(super::super::device_sampling::DeviceSampling::new(9, &parameters, 0));
+        place(&mut running, 9);
         running.num_pending = 1;
         let sequences = Sequences::from([(1, running)]);
         let batch = batch(&[scheduled(1, 1)], &sequences);

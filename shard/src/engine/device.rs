@@ -1,17 +1,19 @@
 //! Steps on a GPU: from token ids to chosen tokens in one queue of work, which the host does not wait for. Tokens that the
 //! next step needs stay on the device.
 
+use kernels::ops::attention::{BlockTables, NewBlocks};
 use kernels::ops::embedding::resolve_ids;
 use kernels::ops::lora::NO_ADAPTER;
 use kernels::ops::sampling::{
     MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
     commit_tokens, sample,
 };
-use kernels::{Communicator, Context, DType, Error, Readback, Result, Staging, Tensor, View};
+use kernels::{Communicator, Context, DType, Error, Graph, Readback, Result, Staging, Tensor, View};
 use proto::v1::{NewSequence, SampledToken, SamplingParameters, TokenLogprob};
 
 use super::device_sampling::DeviceSampling;
-use super::graphs::{Extent, Graphs, Shape};
+use super::graphs::{Adapters, Extent, Graphs, Shape};
+use super::sequence::Sequence;
 use super::validate::Limits;
 use crate::decoder::{Decoder, ForwardInput, KvCache, MAX_LOGIT_BIASES, StepInput};
 use crate::sampling::{NoToken, neutral_parameters};
@@ -25,6 +27,8 @@ const SPARE_SLOTS: usize = 32;
 /// What a device keeps between steps.
 pub(super) struct DeviceState {
     steps: Steps,
+    /// A row for each slot.
+    tables: BlockTables,
     pub(super) graphs: Graphs,
     /// For tokens of new sequences.
     staging: Staging,
@@ -88,8 +92,10 @@ impl DeviceState {
             sampled: context.zeros(rows, Sampled::WORDS, DType::U32)?,
             max_logit_rows: limits.max_logit_rows(),
         };
+        let max_blocks = limits.max_total_tokens.div_ceil(limits.block_size);
         Ok(Self {
             steps,
+            tables: BlockTables::new(context, slots, max_blocks, limits.max_step_sequences)?,
             graphs,
             staging: Staging::new(context, &[limits.max_total_tokens, limits.max_total_tokens])?,
             choice_staging: Staging::new(
@@ -118,7 +124,10 @@ impl DeviceState {
     pub(super) fn size_in_bytes(&self) -> usize {
         let Steps { sampling, counts, last_tokens, ids, sampled, .. } = &self.steps;
         let tensors = [last_tokens, ids, sampled].map(Tensor::size_in_bytes);
-        tensors.iter().sum::<usize>() + sampling.size_in_bytes() + counts.size_in_bytes()
+        tensors.iter().sum::<usize>()
+            + sampling.size_in_bytes()
+            + counts.size_in_bytes()
+            + self.tables.size_in_bytes()
     }
 
     /// Gives a new sequence its place on the device.
@@ -138,6 +147,20 @@ impl DeviceState {
         sequence.count_tokens(context, &mut self.staging, &mut self.steps.counts, new)
     }
 
+    /// Sends the blocks that sequences of the next step have got, no sequence twice.
+    pub(super) fn send_blocks<'a>(
+        &mut self,
+        context: &Context,
+        sequences: impl IntoIterator<Item = &'a Sequence>,
+    ) -> Result<()> {
+        let new = |sequence: &'a Sequence| {
+            let on_device = sequence.on_device.as_ref()?;
+            let (row, column) = (on_device.slot as usize, sequence.num_tabled);
+            Some(NewBlocks { row, column, ids: &sequence.block_ids[column..] })
+        };
+        self.tables.append(context, sequences.into_iter().filter_map(new))
+    }
+
     /// Loads what admissions use.
     pub(super) fn try_admission(&mut self, context: &Context) -> Result<()> {
         let sampling = SamplingParameters { repetition_penalty: 2.0, ..neutral_parameters() };
@@ -148,7 +171,8 @@ impl DeviceState {
             ..NewSequence::default()
         };
         let sequence = self.place(&new);
-        let tried = self.admit(context, &sequence, &new);
+        let block = NewBlocks { row: sequence.slot as usize, column: 0, ids: &[0] };
+        let tried = self.admit(context, &sequence, &new).and_then(|()| self.tables.append(context, [block]));
         self.release(sequence.slot);
         tried
     }
@@ -171,16 +195,18 @@ impl DeviceState {
         num_results: usize,
     ) -> Result<Readback> {
         let context = parts.context;
-        let mut step = input.send(context, staging)?;
+        let step = input.send(context, staging)?.with_tables(&self.tables);
         let frozen = self.is_settled.then(|| context.freeze());
+        let Self { steps, graphs, .. } = self;
         match form {
             Form::Recorded(shape) => {
-                step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
-                // What is recorded serves batches of any adapters.
-                step.adapters.any = true;
-                self.launch_recorded(parts, &step, shape)?;
+                let step = recorded(step, shape, parts.cache);
+                let record = || context.capture(|| steps.queue(parts, &step));
+                if !replay(graphs.get(shape, Extent::Whole, record))? {
+                    steps.queue(parts, &step)?;
+                }
             }
-            Form::Direct => self.steps.queue(parts, &step)?,
+            Form::Direct => steps.queue(parts, &step)?,
         }
         drop(frozen);
         self.ask_for(context, num_results)
@@ -196,21 +222,17 @@ impl DeviceState {
         form: Form,
     ) -> Result<()> {
         let context = parts.context;
-        let mut step = input.send(context, staging)?;
+        let mut step = input.send(context, staging)?.with_tables(&self.tables);
         let _frozen = self.is_settled.then(|| context.freeze());
+        let Self { steps, graphs, .. } = self;
         if let Form::Recorded(shape) = form {
-            step.batch.max_kv_len = shape.max_blocks * parts.cache.block_size();
-            let steps = &mut self.steps;
+            step = recorded(step, shape, parts.cache);
             let record = || context.capture(|| steps.forward(parts, &step));
-            if let Some(graph) = self.graphs.get(shape, Extent::Forward, record) {
-                match graph.launch() {
-                    // As in `launch_recorded`.
-                    Err(Error::OutOfMemory(_)) => {}
-                    launched => return launched,
-                }
+            if replay(graphs.get(shape, Extent::Forward, record))? {
+                return Ok(());
             }
         }
-        self.steps.forward(parts, &step)
+        steps.forward(parts, &step)
     }
 
     /// Queues the choice of a step's tokens, which rows of `masks` limit, and asks for what comes of the first `num_results` rows of
@@ -239,19 +261,6 @@ impl DeviceState {
         Ok(readback)
     }
 
-    fn launch_recorded(&mut self, parts: &mut Parts<'_>, step: &StepInput<'_>, shape: Shape) -> Result<()> {
-        let (context, steps) = (parts.context, &mut self.steps);
-        let record = || context.capture(|| steps.queue(parts, step));
-        if let Some(graph) = self.graphs.get(shape, Extent::Whole, record) {
-            match graph.launch() {
-                // A driver may take memory for a graph when it is launched first; the operations themselves take none.
-                Err(Error::OutOfMemory(_)) => {}
-                launched => return launched,
-            }
-        }
-        self.steps.queue(parts, step)
-    }
-
     /// Waits for what a step has chosen, and appends it to `results`.
     pub(super) fn collect(
         &mut self,
@@ -272,6 +281,22 @@ impl DeviceState {
     /// Forgets all sequences.
     pub(super) fn clear(&mut self) {
         self.free_slots = (0..self.steps.last_tokens.cols() as u32).rev().collect();
+    }
+}
+
+/// A step as it is recorded: whatever depends on the batch alone is that of the shape.
+fn recorded<'a>(mut step: StepInput<'a>, shape: Shape, cache: &KvCache) -> StepInput<'a> {
+    step.batch.max_kv_len = shape.max_blocks * cache.block_size();
+    step.adapters.any = shape.adapters == Adapters::Any;
+    step
+}
+
+/// Whether the step was launched as it was recorded. A driver may take memory for a graph when it is launched first; the
+/// operations themselves take none.
+fn replay(graph: Option<&Graph>) -> Result<bool> {
+    match graph.map(Graph::launch) {
+        None | Some(Err(Error::OutOfMemory(_))) => Ok(false),
+        Some(launched) => launched.map(|()| true),
     }
 }
 
@@ -369,7 +394,8 @@ fn largest(limits: &Limits, num_rows: usize, rows_each: usize) -> ForwardInput {
         input.adapters.resize(input.positions.len(), if limits.num_adapters > 0 { 0 } else { NO_ADAPTER });
         input.query_starts.push(input.positions.len() as u32);
         input.kv_lens.push(limits.max_total_tokens as u32);
-        input.block_tables.resize(input.kv_lens.len() * max_blocks, 0);
+        // All of one block.
+        input.table_rows.push(0);
     }
     let row = SamplingRow {
         top_k: 50,

@@ -1,7 +1,7 @@
 //! Recorded decode steps: launching one costs the host as much as launching a single kernel.
 //!
-//! A graph is for a number of rows, to which smaller batches are padded, and for tables of a number of blocks, a power of two:
-//! all else, such as lengths and blocks, is read from device memory.
+//! A graph is for a number of rows, to which smaller batches are padded, for contexts of up to a number of blocks, a power of
+//! two, and for batches with or without adapters: all else, such as lengths and blocks, is read from device memory.
 
 use std::collections::HashMap;
 
@@ -9,15 +9,25 @@ use kernels::Graph;
 
 use super::validate::Limits;
 
-/// Columns of the tables of the first graphs: contexts up to 1024 tokens in blocks of 32.
+/// Of the first graphs: contexts up to 1024 tokens in blocks of 32.
 const LEAST_BLOCKS: usize = 32;
 
 /// What a recorded step is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub(super) rows: usize,
-    /// Columns of the block tables.
+    /// Of the longest context.
     pub(super) max_blocks: usize,
+    pub(super) adapters: Adapters,
+}
+
+/// Whether a step computes what adapters change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Adapters {
+    /// No row has one: nothing is launched for them.
+    None,
+    /// Any of them, on any rows.
+    Any,
 }
 
 /// How much of a step is recorded.
@@ -35,6 +45,7 @@ pub(super) struct Graphs {
     sizes: Vec<usize>,
     /// Blocks of the longest sequence.
     most_blocks: usize,
+    has_adapters: bool,
     /// Or why one could not be recorded.
     recorded: HashMap<(Shape, Extent), kernels::Result<Graph>>,
 }
@@ -48,19 +59,22 @@ impl Graphs {
         sizes.sort_unstable();
         sizes.dedup();
         let most_blocks = limits.max_total_tokens.div_ceil(limits.block_size);
-        Self { sizes, most_blocks, recorded: HashMap::new() }
+        Self { sizes, most_blocks, has_adapters: limits.num_adapters > 0, recorded: HashMap::new() }
     }
 
     /// The shapes to record before the first step: short contexts, the largest batches first.
     pub(super) fn first_shapes(&self) -> Vec<Shape> {
         let max_blocks = self.columns(1);
-        self.sizes.iter().rev().map(|&rows| Shape { rows, max_blocks }).collect()
+        let adapters: &[Adapters] =
+            if self.has_adapters { &[Adapters::None, Adapters::Any] } else { &[Adapters::None] };
+        let sizes = self.sizes.iter().rev();
+        sizes.flat_map(|&rows| adapters.iter().map(move |&adapters| Shape { rows, max_blocks, adapters })).collect()
     }
 
     /// What a batch of decode rows is padded to; none where steps of its size are not recorded.
-    pub(super) fn shape(&self, num_rows: usize, max_blocks: usize) -> Option<Shape> {
+    pub(super) fn shape(&self, num_rows: usize, max_blocks: usize, adapters: Adapters) -> Option<Shape> {
         let rows = *self.sizes.iter().find(|&&size| size >= num_rows)?;
-        Some(Shape { rows, max_blocks: self.columns(max_blocks) })
+        Some(Shape { rows, max_blocks: self.columns(max_blocks), adapters })
     }
 
     fn columns(&self, max_blocks: usize) -> usize {
@@ -76,7 +90,7 @@ impl Graphs {
     ) -> Option<&Graph> {
         let recorded = self.recorded.entry((shape, extent)).or_insert_with(|| {
             record().inspect_err(|error| {
-                let Shape { rows, max_blocks } = shape;
+                let Shape { rows, max_blocks, .. } = shape;
                 tracing::warn!(rows, max_blocks, %error, "a decode step cannot be recorded as a CUDA graph");
             })
         });
@@ -86,6 +100,12 @@ impl Graphs {
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.recorded.values().flatten().count()
+    }
+
+    /// Of each whole step that was recorded, its shape and how many kernels of ours it launches.
+    pub(super) fn launches(&self) -> Vec<(Shape, usize)> {
+        let whole = self.recorded.iter().filter(|((_, extent), _)| *extent == Extent::Whole);
+        whole.filter_map(|((shape, _), graph)| Some((*shape, graph.as_ref().ok()?.num_launches()))).collect()
     }
 }
 
@@ -100,28 +120,37 @@ mod tests {
             Limits { max_step_tokens: 512, max_step_sequences: 20, max_total_tokens: 4 * 100, ..LIMITS };
         let graphs = Graphs::new(&[1, 2, 8, 32, 64], &limits);
         let check = |rows, blocks, expected: (usize, usize)| {
-            let Shape { rows, max_blocks } = graphs.shape(rows, blocks).expect("a shape");
+            let Shape { rows, max_blocks, .. } = graphs.shape(rows, blocks, Adapters::None).expect("a shape");
             assert_eq!((rows, max_blocks), expected);
         };
         check(1, 3, (1, 32));
         check(3, 33, (8, 64));
         // No sequence has more blocks, and no step more sequences.
         check(9, 65, (20, 100));
-        assert_eq!(graphs.shape(21, 1), None);
+        assert_eq!(graphs.shape(21, 1, Adapters::None), None);
         let first: Vec<_> = graphs.first_shapes().iter().map(|shape| shape.rows).collect();
         assert_eq!(first, [20, 8, 2, 1]);
     }
 
     #[test]
+    fn where_there_are_adapters_each_size_is_recorded_with_and_without() {
+        let graphs = Graphs::new(&[1, 4], &Limits { num_adapters: 2, ..LIMITS });
+        let first: Vec<_> =
+            graphs.first_shapes().into_iter().map(|shape| (shape.rows, shape.adapters)).collect();
+        let (none, any) = (Adapters::None, Adapters::Any);
+        assert_eq!(first, [(4, none), (4, any), (1, none), (1, any)]);
+    }
+
+    #[test]
     fn without_sizes_nothing_is_recorded() {
         let graphs = Graphs::new(&[], &LIMITS);
-        assert_eq!((graphs.shape(1, 1), graphs.first_shapes().len(), graphs.len()), (None, 0, 0));
+        assert_eq!((graphs.shape(1, 1, Adapters::None), graphs.first_shapes().len(), graphs.len()), (None, 0, 0));
     }
 
     #[test]
     fn what_cannot_be_recorded_is_tried_once() {
         let mut graphs = Graphs::new(&[1], &LIMITS);
-        let shape = graphs.shape(1, 1).unwrap();
+        let shape = graphs.shape(1, 1, Adapters::None).unwrap();
         let mut tries = 0;
         for _ in 0..2 {
             let record = || {

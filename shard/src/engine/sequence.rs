@@ -26,6 +26,8 @@ pub(super) struct Sequence {
     pub(super) computed_len: usize,
     /// In order of position.
     pub(super) block_ids: Vec<u32>,
+    /// How many of `block_ids` a device has in its tables.
+    pub(super) num_tabled: usize,
     /// What changes the model for it, or [`NO_ADAPTER`].
     pub(super) adapter: u32,
     pub(super) sampler: Sampler,
@@ -63,6 +65,7 @@ impl Sequence {
             prompt_len,
             computed_len: new.computed_tokens as usize,
             block_ids: new.block_ids,
+            num_tabled: 0,
             adapter: new.adapter_index.unwrap_or(NO_ADAPTER),
             top_n_tokens: new.top_n_tokens as usize,
             prompt_logprobs: new.prompt_logprobs,

@@ -13,7 +13,7 @@ use super::batch::{Batch, LogitUse};
 use super::chooser::Chooser;
 use super::device::{DeviceState, Form, MAX_IN_FLIGHT, Parts, largest_decode, largest_prefill};
 use super::grammars::{Constraint, Grammars, MaskTimes, Standing};
-use super::graphs::Graphs;
+use super::graphs::{Adapters, Graphs};
 use super::rank::RankModel;
 use super::sequence::{Complete, Sequence, Sequences};
 use super::shortage::{LeftOut, Uncomputed, victims, without_memory};
@@ -132,11 +132,27 @@ impl Serving {
                 ..ForwardInput::default()
             };
             input.pad(shape.rows);
-            let form = Form::Recorded(shape);
-            let readback = device.launch(&mut parts, &input, &mut self.staging, form, 0)?;
-            device.collect(readback, &mut Vec::new())?;
+            if shape.adapters == Adapters::Any {
+                input.adapters[0] = 0;
+            }
+            // Directly first: a kernel that is loaded, or an algorithm that is looked for, would end the recording.
+            for form in [Form::Direct, Form::Recorded(shape)] {
+                let readback = device.launch(&mut parts, &input, &mut self.staging, form, 0)?;
+                device.collect(readback, &mut Vec::new())?;
+            }
         }
         Ok(device.graphs.len())
+    }
+
+    /// How many [`Self::record_graphs`] will record.
+    pub(super) fn num_first_graphs(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.graphs.first_shapes().len())
+    }
+
+    /// See [`super::Engine::recorded_launches`].
+    pub(super) fn recorded_launches(&self) -> Vec<(usize, bool, usize)> {
+        let launches = self.device.iter().flat_map(|device| device.graphs.launches());
+        launches.map(|(shape, launches)| (shape.rows, shape.adapters == Adapters::Any, launches)).collect()
     }
 
     /// Bytes of the buffers of steps beside the model's.
@@ -155,6 +171,7 @@ impl Serving {
             query_starts: vec![0, num_tokens],
             kv_lens: vec![num_tokens],
             block_tables: vec![0],
+            table_rows: Vec::new(),
             max_blocks: 1,
             logit_rows: vec![num_tokens - 1],
             // The first adapter, where there is one.
@@ -307,6 +324,12 @@ impl Serving {
             return Ok(None);
         }
         let Some(device) = &mut self.device else { return self.compute(batch, rank, times).map(|()| None) };
+        let sequences = &mut self.sequences;
+        device.send_blocks(&rank.context, batch.entries.iter().map(|entry| &sequences[&entry.sequence_id]))?;
+        for entry in &batch.entries {
+            let sequence = sequences.get_mut(&entry.sequence_id).expect("it is in the batch");
+            sequence.num_tabled = sequence.block_ids.len();
+        }
         let readback = queue(device, batch, &mut self.staging, &mut rank.parts(&mut self.cache))?;
         rank.communicator.watch(true);
         Ok(readback)
@@ -582,10 +605,11 @@ fn queue(
 ) -> Result<Option<Readback>, Error> {
     let num_results = batch.uses.len();
     let mut form = Form::Direct;
+    let has_adapter = batch.input.adapters.iter().any(|&adapter| adapter != NO_ADAPTER);
+    let adapters = if has_adapter { Adapters::Any } else { Adapters::None };
     if batch.is_decode_only()
-        && let Some(shape) = device.graphs.shape(batch.entries.len(), batch.input.max_blocks)
+        && let Some(shape) = device.graphs.shape(batch.entries.len(), batch.input.max_blocks, adapters)
     {
-        batch.widen_block_tables(shape.max_blocks);
         batch.input.pad(shape.rows);
         form = Form::Recorded(shape);
     }

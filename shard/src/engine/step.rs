@@ -145,8 +145,9 @@ impl Engine {
         let mut serving = Serving::new(limits, cache, &self.rank, graph_sizes)?;
         serving.try_largest(&mut self.rank)?;
         let memory = self.rank.context.device_memory()?.expect("a GPU has memory");
+        let num_graphs = serving.num_first_graphs();
         let num_blocks =
-            self.cache_needs().num_blocks_on_gpu(request, memory, *memory_fraction, graph_sizes.len())?;
+            self.cache_needs().num_blocks_on_gpu(request, memory, *memory_fraction, num_graphs)?;
         serving.limits.num_blocks = num_blocks;
         serving.cache = self.cache(&serving.limits)?;
         let num_graphs = serving.record_graphs(&mut self.rank)?;
@@ -275,6 +276,19 @@ impl Engine {
     #[doc(hidden)]
     pub fn forget_scratch(&self) -> Result<(), Error> {
         Ok(self.rank.context.forget_scratch()?)
+    }
+
+    /// Bytes that were copied to the device so far, for tests of what a step sends; 0 on the CPU.
+    #[doc(hidden)]
+    pub fn copied_bytes(&self) -> u64 {
+        self.rank.context.copied_bytes()
+    }
+
+    /// Of each decode step that was recorded: rows, whether adapters may change them, and how many kernels it launches; for
+    /// tests.
+    #[doc(hidden)]
+    pub fn recorded_launches(&self) -> Vec<(usize, bool, usize)> {
+        self.serving.as_ref().map_or_else(Vec::new, Serving::recorded_launches)
     }
 
     fn begin(&mut self, request: StepRequest, previous_step_id: Option<u64>) -> Result<(), Error> {

@@ -284,29 +284,81 @@ fn a_grammar_that_is_not_known_fails_its_sequence_and_no_other_on_a_gpu() {
     assert_eq!(token_ids(&found)[1..], token_ids(&expected)[1..]);
 }
 
+/// Bytes that each step after the prompt sends to the device, of one sequence behind a prompt of `prompt_len` tokens.
+fn bytes_of_decode_steps(engine: &mut Engine, prompt_len: usize) -> Vec<u64> {
+    let mut bytes = Vec::new();
+    let greedy = NewSequence {
+        stopping: Some(StoppingParameters { max_new_tokens: 40, ignore_eos: true }),
+        ..request(1, &prompt(0, prompt_len))
+    };
+    generate(&[greedy], WHOLE_PROMPTS, |request| {
+        let is_decode = request.schedule.iter().any(|scheduled| scheduled.num_tokens == 1);
+        let before = engine.copied_bytes();
+        let answer = engine.step(request, Origin::Unary).unwrap();
+        bytes.extend(is_decode.then(|| engine.copied_bytes() - before));
+        answer
+    });
+    bytes
+}
+
 #[test]
-fn recorded_steps_serve_sequences_of_any_adapters_with_the_tokens_of_the_cpu() {
+fn a_decode_step_sends_no_more_behind_a_long_context_and_of_tables_only_new_blocks() {
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let mut engine = on_gpu(graph_sizes);
+        let (short, long) = (bytes_of_decode_steps(&mut engine, 34), bytes_of_decode_steps(&mut engine, 98));
+        // Both get a block at the same place of theirs.
+        assert_eq!(short, long, "graphs for {graph_sizes:?}");
+        let [least, most] = [short.iter().min(), short.iter().max()].map(|bytes| *bytes.unwrap());
+        let num_new_blocks = short.iter().filter(|&&bytes| bytes > least).count();
+        assert_eq!((num_new_blocks, most - least <= 32), (1, true), "{short:?}");
+        // Ids, positions, slots, lengths and how to choose.
+        assert!(least < 384, "{short:?}");
+    }
+}
+
+#[test]
+fn steps_without_adapters_launch_nothing_for_them() {
+    let mut with = with_adapters(Context::cuda(0, 1).unwrap(), &[1, 4]).recorded_launches();
+    let mut without = on_gpu(&[1, 4]).recorded_launches();
+    with.sort_unstable();
+    without.sort_unstable();
+    let rows = |launches: &[(usize, bool, usize)]| {
+        launches.iter().map(|&(rows, adapters, _)| (rows, adapters)).collect::<Vec<_>>()
+    };
+    assert_eq!(rows(&without), [(1, false), (4, false)]);
+    assert_eq!(rows(&with), [(1, false), (1, true), (4, false), (4, true)]);
+    for (of_rows, plain) in with.chunks(2).zip(&without) {
+        let [(_, _, none), (_, _, any)] = of_rows else { unreachable!("chunks of 2") };
+        assert_eq!(*none, plain.2);
+        // A shrinking and an expanding kernel for each changed layer, and gate and up are combined apart.
+        assert!(*any > none + 2, "{any} kernels with adapters, {none} without");
+    }
+}
+
+/// With the two adapters of the goldens.
+fn with_adapters(context: Context, graph_sizes: &[usize]) -> Engine {
     let adapters = ["tone", "form"].map(|name| LoraAdapter {
         name: name.to_owned(),
         path: llama().with_file_name("llama_lora").join(name),
     });
-    let engine = |context: Context, graph_sizes: &[usize]| {
-        let model =
-            models::load_with_adapters(&context, &llama(), LoadOptions::default(), &adapters).unwrap();
-        let options = EngineOptions { graph_sizes: graph_sizes.to_vec(), ..EngineOptions::default() };
-        let mut engine = Engine::new(model, context, Box::new(Local)).with_options(options);
-        engine.warmup(&WARMUP).unwrap();
-        engine
-    };
+    let model = models::load_with_adapters(&context, &llama(), LoadOptions::default(), &adapters).unwrap();
+    let options = EngineOptions { graph_sizes: graph_sizes.to_vec(), ..EngineOptions::default() };
+    let mut engine = Engine::new(model, context, Box::new(Local)).with_options(options);
+    engine.warmup(&WARMUP).unwrap();
+    engine
+}
+
+#[test]
+fn recorded_steps_serve_sequences_of_any_adapters_with_the_tokens_of_the_cpu() {
     let mut requests = unequal_requests();
-    let without = token_ids(&run(&mut engine(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
+    let without = token_ids(&run(&mut with_adapters(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
     for (request, adapter_index) in requests.iter_mut().zip([Some(0), None, Some(1)].into_iter().cycle()) {
         request.adapter_index = adapter_index;
     }
-    let expected = token_ids(&run(&mut engine(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
+    let expected = token_ids(&run(&mut with_adapters(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS));
     assert_ne!(expected, without, "adapters change something");
     for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
-        let mut gpu = engine(Context::cuda(0, 1).unwrap(), graph_sizes);
+        let mut gpu = with_adapters(Context::cuda(0, 1).unwrap(), graph_sizes);
         assert_eq!(token_ids(&run(&mut gpu, &requests, WHOLE_PROMPTS)), expected);
         // The same graphs without any adapter.
         for request in &mut requests {

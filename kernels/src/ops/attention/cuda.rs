@@ -4,8 +4,8 @@ use super::super::operands::{
     matrix, matrix_mut, require, require_device_u32s, require_float, require_on_device,
 };
 use super::{AttentionBatch, AttentionParams, KvLayer, OP};
-use crate::cuda::{Argument, Device, DevicePtr, Grid};
-use crate::{DType, Result, View, ViewMut};
+use crate::cuda::{Argument, Device, DevicePtr, Grid, Kernels};
+use crate::{DType, Result, Tensor, View, ViewMut};
 
 pub(super) fn paged_attention(
     device: &Device,
@@ -28,13 +28,30 @@ pub(super) fn paged_attention(
         params,
         out: out.as_view(),
     };
-    match attention.kernels() {
+    match attention.kernels().filter(|_| device.kernels() == Kernels::Tuned) {
         Some(kernels) => {
             attention.decode(device, kernels)?;
             attention.prefill(device, kernels)
         }
         None => attention.plain(device),
     }
+}
+
+/// `runs`: of `cuda/block_tables.cu`, within `tables` and `ids`.
+pub(super) fn append_blocks(
+    device: &Device,
+    runs: View<'_>,
+    ids: View<'_>,
+    tables: &mut Tensor,
+) -> Result<()> {
+    const WORDS: usize = 4;
+    let num_runs = runs.cols() / WORDS;
+    let grid = Grid { blocks: [num_runs as u32, 1, 1], threads: 128, shared_bytes: 0 };
+    let kernel = device.kernel("block_tables_append", &[])?;
+    let stride = tables.cols() as u32;
+    let arguments = [runs.into(), ids.into(), tables.view_mut().into(), stride.into()];
+    // SAFETY: the parameters of `block_tables_append`; the caller has checked that runs stay within both.
+    unsafe { kernel.launch(device, grid, &arguments) }
 }
 
 /// The arrays' contents are the device's, which takes what is out of range for the last that is in range.
@@ -68,12 +85,16 @@ fn check(
     require_device_u32s(OP, "query_starts", batch.query_starts, num_sequences + 1)?;
     require_device_u32s(OP, "kv_lens", batch.kv_lens, num_sequences)?;
     require_device_u32s(OP, "block_tables", batch.block_tables, batch.block_tables.cols())?;
-    require(OP, batch.block_tables.cols() >= num_sequences * max_blocks, || {
+    let num_tables = if batch.table_rows.is_some() { 1 } else { num_sequences };
+    require(OP, batch.block_tables.cols() >= num_tables * max_blocks, || {
         format!(
-            "{} block table entries for {num_sequences} sequences of {max_blocks} blocks",
+            "{} block table entries for {num_tables} tables of {max_blocks} blocks",
             batch.block_tables.cols()
         )
     })?;
+    if let Some(rows) = batch.table_rows {
+        require_device_u32s(OP, "table_rows", rows, num_sequences)?;
+    }
     require(OP, max_kv_len <= max_blocks * cache.block_size, || {
         format!("max_kv_len {max_kv_len} is more than {max_blocks} blocks of {}", cache.block_size)
     })?;
@@ -101,13 +122,13 @@ const WARP: usize = 32;
 
 /// The kernels for one head size.
 #[derive(Clone, Copy)]
-struct Kernels {
+struct Pair {
     decode: &'static str,
     prefill: &'static str,
 }
 
 /// With tensor cores.
-fn kernels_for(head_dim: usize) -> Option<Kernels> {
+fn kernels_for(head_dim: usize) -> Option<Pair> {
     let (decode, prefill) = match head_dim {
         64 => ("attention_decode_64", "attention_prefill_64"),
         80 => ("attention_decode_80", "attention_prefill_80"),
@@ -116,7 +137,7 @@ fn kernels_for(head_dim: usize) -> Option<Kernels> {
         256 => ("attention_decode_256", "attention_prefill_256"),
         _ => return None,
     };
-    Some(Kernels { decode, prefill })
+    Some(Pair { decode, prefill })
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -142,7 +163,7 @@ impl Attention<'_> {
     }
 
     /// Where there are kernels with tensor cores for these types, this head size, and where the rows lie.
-    fn kernels(&self) -> Option<Kernels> {
+    fn kernels(&self) -> Option<Pair> {
         let [query, kv] = self.dtypes();
         let types_fit = query != DType::F32 && (kv == query || kv == DType::F8E4M3);
         // They load and store 16 bytes at once.
@@ -163,8 +184,15 @@ impl Attention<'_> {
         [scale.into(), window.into(), soft_cap.unwrap_or(0.0).into(), alibi_slopes.into(), sinks.into()]
     }
 
+    /// `BlockTables` of the kernels.
+    fn tables(&self) -> [Argument; 4] {
+        let AttentionBatch { block_tables, table_rows, max_blocks, .. } = *self.batch;
+        let num_tables = block_tables.cols() / max_blocks.max(1);
+        [block_tables.into(), (max_blocks as u32).into(), table_rows.into(), (num_tables as u32).into()]
+    }
+
     /// The first sequences, of one row each.
-    fn decode(&self, device: &Device, kernels: Kernels) -> Result<()> {
+    fn decode(&self, device: &Device, kernels: Pair) -> Result<()> {
         let Shape { kv_heads, group, head_dim } = self.shape;
         let num_sequences = self.batch.num_decodes;
         let tile = DecodeTile::new(head_dim, self.cache.dtype().size_in_bytes());
@@ -183,14 +211,17 @@ impl Attention<'_> {
             (DevicePtr(0), DevicePtr(0))
         };
         let [scale, window, soft_cap, slopes, sinks] = self.scale_window_cap_slopes_sinks();
+        let [block_tables, max_blocks, table_rows, num_tables] = self.tables();
         let arguments = [
             self.query.into(),
             (self.query.row_stride as u64).into(),
             self.cache.keys.view().into(),
             self.cache.values.view().into(),
             self.batch.kv_lens.into(),
-            self.batch.block_tables.into(),
-            (self.batch.max_blocks as u32).into(),
+            block_tables,
+            max_blocks,
+            table_rows,
+            num_tables,
             (self.cache.num_blocks() as u32).into(),
             (kv_heads as u32).into(),
             (group as u32).into(),
@@ -217,7 +248,7 @@ impl Attention<'_> {
     }
 
     /// The sequences behind the decodes.
-    fn prefill(&self, device: &Device, kernels: Kernels) -> Result<()> {
+    fn prefill(&self, device: &Device, kernels: Pair) -> Result<()> {
         let Shape { kv_heads, group, head_dim } = self.shape;
         let first = self.batch.num_decodes;
         let tile = PrefillTile::new(head_dim, self.cache.dtype().size_in_bytes());
@@ -226,6 +257,7 @@ impl Attention<'_> {
             format!("max_query_len {} x {group} heads: more than a launch covers", self.batch.max_query_len)
         })?;
         let [scale, window, soft_cap, slopes, sinks] = self.scale_window_cap_slopes_sinks();
+        let [block_tables, max_blocks, table_rows, num_tables] = self.tables();
         let arguments = [
             self.query.into(),
             (self.query.row_stride as u64).into(),
@@ -233,8 +265,10 @@ impl Attention<'_> {
             self.cache.values.view().into(),
             self.batch.query_starts.into(),
             self.batch.kv_lens.into(),
-            self.batch.block_tables.into(),
-            (self.batch.max_blocks as u32).into(),
+            block_tables,
+            max_blocks,
+            table_rows,
+            num_tables,
             (self.cache.num_blocks() as u32).into(),
             (group as u32).into(),
             (first as u32).into(),
@@ -263,6 +297,7 @@ impl Attention<'_> {
         const WARPS: usize = 4;
         let Shape { kv_heads, group, head_dim } = self.shape;
         let [scale, window, soft_cap, slopes, sinks] = self.scale_window_cap_slopes_sinks();
+        let [block_tables, max_blocks, table_rows, num_tables] = self.tables();
         let arguments = [
             self.query.into(),
             (self.query.row_stride as u64).into(),
@@ -270,8 +305,10 @@ impl Attention<'_> {
             self.cache.values.view().into(),
             self.batch.query_starts.into(),
             self.batch.kv_lens.into(),
-            self.batch.block_tables.into(),
-            (self.batch.max_blocks as u32).into(),
+            block_tables,
+            max_blocks,
+            table_rows,
+            num_tables,
             (self.cache.num_blocks() as u32).into(),
             (self.query.rows() as u32).into(),
             (kv_heads as u32).into(),

@@ -1,6 +1,6 @@
 //! What lies between the projection to queries, keys and values, and attention, as one operation.
 
-use super::super::operands::{on_cuda, require};
+use super::super::operands::{on_fusing_cuda, require};
 use super::cache::{KvLayer, write_kv};
 use crate::ops::norm::rms_norm_heads;
 use crate::ops::rotary::{RotaryTables, rotary};
@@ -32,7 +32,8 @@ pub struct RotaryAndPages<'a> {
 ///
 /// `qkv`: `[rows, (query heads + 2 * kv heads) * head_dim]`, queries first, then keys, then values; f32, on a GPU also f16 or
 /// bf16. The queries are what attention needs afterwards; keys and values may be as they were or not. On a GPU, which does
-/// all in one kernel, nothing is rounded in between, and rows with a slot that the cache lacks are left alone.
+/// all in one kernel (but for [`Context::cuda_with_plain_kernels`]), nothing is rounded in between, and rows with a slot that
+/// the cache lacks are left alone.
 pub fn rotary_write_kv(
     context: &Context,
     mut qkv: ViewMut<'_>,
@@ -47,7 +48,7 @@ pub fn rotary_write_kv(
             cache.kv_heads
         )
     })?;
-    on_cuda!(context, |device| {
+    on_fusing_cuda!(context, |device| {
         super::cache::cuda::rotary_write_kv(device, qkv, norms, rotary_and_pages, cache)
     });
     let RotaryAndPages { positions, tables, slots } = rotary_and_pages;

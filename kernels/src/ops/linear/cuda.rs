@@ -4,10 +4,12 @@
 //! - More rows: cuBLASLt, weights of 8 bits widened before; `linear_tile.cu` where there is no cuBLASLt.
 //! - What neither reads (rows that do not begin at 16 bytes, few rows of f32): `linear_dot.cu`, of any size and alignment.
 //!
+//! Of plain kernels, all that cuBLASLt computes is its own, and the rest that of `linear_dot.cu`.
+//!
 //! cuBLASLt is the better one when tensor cores have something to do: 16 rows make 16 products of each weight, 77 TFLOP/s at
 //! 4.8 TB/s, a tenth of what an H200 has, while reading x begins to cost beside reading the weights (see `linear_few.cu`).
 
-use crate::cuda::{Argument, Device, DevicePtr, Grid, Operand};
+use crate::cuda::{Argument, Device, DevicePtr, Grid, Kernels, Operand};
 use crate::ops::activation::gated as gate;
 use crate::ops::operands::{
     device_vector, matrix, matrix_mut, require_dtype, require_float, require_on_device, require_place,
@@ -121,9 +123,9 @@ pub(super) fn product(
         for parts in same_type.chunks(MAX_PARTS) {
             let call = call.narrow_cols(column);
             column += parts.iter().map(|part| part.n).sum::<usize>();
-            if few::fits(&call, parts) {
+            if few::fits(device, &call, parts) {
                 few::product(device, &call, parts)?;
-            } else if dot::is_better(&call) {
+            } else if dot::is_better(device, &call) {
                 dot::product(device, &call, parts)?;
             } else {
                 dense::product(device, &call, parts)?;
@@ -148,7 +150,7 @@ pub(super) fn gated(
     if call.rows == 0 {
         return Ok(());
     }
-    if few::fits(&call, &parts) && parts[0].values.dtype == parts[1].values.dtype {
+    if few::fits(device, &call, &parts) && parts[0].values.dtype == parts[1].values.dtype {
         return few::gated(device, &call, &parts, layer.activation);
     }
     product(device, x, &[layer.gate, layer.up], gate_up, false)?;

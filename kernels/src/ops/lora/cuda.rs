@@ -1,7 +1,7 @@
 //! Launches of `cuda/lora.cu`.
 
 use super::{AdapterRows, Lora, LowRank, OP};
-use crate::cuda::{Argument, Device, Grid};
+use crate::cuda::{Argument, Device, Grid, Kernels};
 use crate::ops::operands::{matrix, matrix_mut, require_device_u32s, require_on_device};
 use crate::{Context, DType, Error, Result, Tensor, View, ViewMut};
 
@@ -106,7 +106,8 @@ pub(super) fn add(
     let outputs = [output(0), output(1), output(2), out.as_view().into(), (out.row_stride as u32).into()];
     let x_arguments = [x.into(), (x.row_stride as u32).into()];
     let (num_rows_argument, k) = (Argument::from(num_rows as u32), Argument::from(lora.k as u32));
-    let is_tiled = num_rows > MOST_SINGLE_ROWS && table.fits_tiles && is_packed(x);
+    let is_many = num_rows > MOST_SINGLE_ROWS && device.kernels() == Kernels::Tuned;
+    let is_tiled = is_many && table.fits_tiles && is_packed(x);
     let (shrink, expand) = if is_tiled {
         let tiles = num_rows.div_ceil(TILE);
         let output_tiles = lora.outputs.iter().map(|n| n.div_ceil(TILE_OUTPUTS)).sum();

@@ -72,7 +72,7 @@ fn multiply(device: &Device, call: &Call, part: Part) -> Result<()> {
     {
         return Ok(());
     }
-    if grouped::fits_tiles(call, &part) {
+    if grouped::fits_tiles(device, call, &part) {
         return grouped::tiles(device, call, &part, None);
     }
     dot::product(device, call, &[part])

@@ -1,6 +1,6 @@
 //! Launches of `cuda/linear_dot.cu` for any size and alignment.
 
-use super::{Call, Device, Grid, MAX_PARTS, Part};
+use super::{Call, Device, Grid, Kernels, MAX_PARTS, Part};
 use crate::Result;
 
 /// Rows that share a reading of the weights, in the kernels.
@@ -10,8 +10,8 @@ const WARPS: usize = 8;
 
 /// Where what is asked for is not a large product: 16 rows read the weights four times, mostly from the second-level cache,
 /// which is still less than what a library's tile of 64 or 128 rows costs.
-pub(super) fn is_better(call: &Call) -> bool {
-    call.k == 0 || call.rows <= 4 * ROWS
+pub(super) fn is_better(device: &Device, call: &Call) -> bool {
+    call.k == 0 || (device.kernels() == Kernels::Tuned && call.rows <= 4 * ROWS)
 }
 
 pub(super) fn product(device: &Device, call: &Call, parts: &[Part]) -> Result<()> {

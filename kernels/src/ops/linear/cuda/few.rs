@@ -1,6 +1,6 @@
 //! Launches of `cuda/linear_few.cu`.
 
-use super::{Call, Device, Grid, MAX_PARTS, Part, is_packed};
+use super::{Call, Device, Grid, Kernels, MAX_PARTS, Part, is_packed};
 use crate::ops::activation::Activation;
 use crate::{DType, Result};
 
@@ -20,9 +20,10 @@ struct Variant {
     columns: usize,
 }
 
-pub(super) fn fits(call: &Call, parts: &[Part]) -> bool {
-    let reads_packs = parts.iter().all(|part| is_packed(part.values, call.k));
-    call.rows <= MOST_ROWS && call.x.dtype != DType::F32 && is_packed(call.x, call.k) && reads_packs
+pub(super) fn fits(device: &Device, call: &Call, parts: &[Part]) -> bool {
+    let is_few = call.rows <= MOST_ROWS && call.x.dtype != DType::F32;
+    let reads_packs = || is_packed(call.x, call.k) && parts.iter().all(|part| is_packed(part.values, call.k));
+    device.kernels() == Kernels::Tuned && is_few && reads_packs()
 }
 
 pub(super) fn product(device: &Device, call: &Call, parts: &[Part]) -> Result<()> {

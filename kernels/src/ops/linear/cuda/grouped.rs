@@ -1,6 +1,6 @@
 //! Launches of `cuda/linear_tile.cu`, and of the kernel for experts that it does not read.
 
-use super::{Call, Device, DevicePtr, Grid, Part, is_packed, or_null};
+use super::{Call, Device, DevicePtr, Grid, Kernels, Part, is_packed, or_null};
 use crate::{DType, Result};
 
 /// Where each expert's rows begin: in device memory, and nothing on the host depends on it.
@@ -17,7 +17,7 @@ const WIDTH: usize = 128;
 
 /// `part.n`: of one expert.
 pub(super) fn product(device: &Device, call: &Call, part: &Part, starts: &Starts) -> Result<()> {
-    if fits_tiles(call, part) {
+    if fits_tiles(device, call, part) {
         return tiles(device, call, part, Some(starts));
     }
     let kernel = device.kernel("linear_grouped_dot", &[call.x.dtype, part.values.dtype, call.out.dtype])?;
@@ -35,9 +35,9 @@ pub(super) fn product(device: &Device, call: &Call, part: &Part, starts: &Starts
     unsafe { kernel.launch(device, grid, &arguments) }
 }
 
-pub(super) fn fits_tiles(call: &Call, part: &Part) -> bool {
+pub(super) fn fits_tiles(device: &Device, call: &Call, part: &Part) -> bool {
     let is_16_bit = call.x.dtype != DType::F32 && part.values.dtype == call.x.dtype;
-    is_16_bit && is_packed(call.x, call.k) && is_packed(part.values, call.k)
+    device.kernels() == Kernels::Tuned && is_16_bit && is_packed(call.x, call.k) && is_packed(part.values, call.k)
 }
 
 /// Without `starts` all rows are of one weight. `part` has neither scales nor bias.
