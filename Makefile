@@ -152,6 +152,7 @@ check-memory: toolchain ## Run the kernels' tests of arbitrary shapes under valg
 
 # Packs without code for GPUs and runs, by the emulated driver, what `gpu-check` would run on a GPU.
 test-gpu-check: toolchain cuda-on-cpu ## Test that what `gpu-check` packs can be carried and runs, without a GPU
+	$(PYTHON) -B integration-tests/gpu-check/summary_test.py
 	NVCC=$(NVCC_STAND_IN) integration-tests/gpu-check/pack.sh
 	rm -rf $(TARGET)/gpu-check/carried && mkdir $(TARGET)/gpu-check/carried
 	tar -C $(TARGET)/gpu-check/carried -xf $(TARGET)/gpu-check/gpu-check.tar.xz

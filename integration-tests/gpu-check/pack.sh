@@ -64,7 +64,7 @@ cp integration-tests/reference/bench_transformers.py "$pack/repository/integrati
 printf '%s\n' "$root" >"$pack/built-in"
 git rev-parse HEAD >"$pack/commit" 2>/dev/null || echo unknown >"$pack/commit"
 git diff --quiet HEAD 2>/dev/null || echo "(with changes that are not committed)" >>"$pack/commit"
-cp "$here/run.sh" "$pack/"
+cp "$here/run.sh" "$here/summary.py" "$pack/"
 
 tar -C "$target/gpu-check" -c gpu-check | xz -T0 -6 >"$target/gpu-check/gpu-check.tar.xz"
 mb=$(($(stat -c %s "$target/gpu-check/gpu-check.tar.xz") / 1000000))

@@ -1,52 +1,60 @@
 #!/usr/bin/env bash
 # Checks and measures the CUDA half on a machine with an NVIDIA GPU, from what pack.sh packed; writes one report.
 #
-#   run.sh [--results DIR] [--minutes N] [STAGE ...]
+#   run.sh [--results DIR] [--minutes N] [--resume] [STAGE ...]
 #
 # Stages, in this order where none is named:
 #   environment   the GPU, its driver, the libraries
 #   tests         every operation against the CPU's, models against the goldens, graphs on = off, NCCL, the server
-#   memory        the operations again under compute-sanitizer, the small shapes
-#   bench         sampling and other operations by themselves; one shard: decode of 1 to 256 sequences behind 1k tokens, 8k contexts,
-#                 prefill of 8 x 1k
-#   serving       the same model through HTTP
+#   memory        the operations again under compute-sanitizer, one after the other as far as its time goes
+#   bench         sampling and other operations by themselves; one shard: loading, decode of 1 to 256 sequences behind 1k
+#                 tokens, 8k contexts, prefill of 8 x 1k
+#   serving       the same model through HTTP, behind 1k tokens too
 #   transformers  the same weights in transformers: static cache with compilation, and its continuous batching
 #
-# --minutes: a stage that takes longer is stopped (9). Each stage's output lies in DIR (results/), and DIR/report.md says what
-# became of each. The exit code is 1 where a stage failed.
+# --minutes: of the whole call (9). What there is no time left for is not begun, and the report says so.
+# --resume: goes on with the results of an earlier call: what was ok is not done again. Stages that are named are added to those
+# results, or replace them there.
+# The report, DIR/report.md (DIR: results/), is written anew after each stage, so that a call that is cut off leaves what it
+# found; each stage's output lies beside it. The exit code is 1 where a stage failed or was left out.
 # --dry-run: on a machine without a GPU, by the emulated driver in $CUDA_ON_CPU: that this script works, not how fast a GPU is.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 results=$PWD/results
 minutes=9
 dry_run=false
+resume=false
 stages=()
 while [ $# -gt 0 ]; do
   case $1 in
     --results) mkdir -p "$2" && results=$(cd "$2" && pwd); shift ;;
     --minutes) minutes=$2; shift ;;
+    --resume) resume=true ;;
     --dry-run) dry_run=true ;;
-    --help | -h) sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,22p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     environment | tests | memory | bench | serving | transformers) stages+=("$1") ;;
     *) echo "unknown argument $1: run.sh --help" >&2; exit 2 ;;
   esac
   shift
 done
 if [ ${#stages[@]} = 0 ]; then
+  $resume || rm -rf "$results/outcomes"
   stages=(environment tests memory bench serving transformers)
   $dry_run && stages=(environment tests bench serving)
 fi
-mkdir -p "$results"
+mkdir -p "$results/outcomes"
 report=$results/report.md
 bin=$here/target/release
-failed=0
+deadline=$(($(date +%s) + minutes * 60))
 
-# The tests look for their files where they were compiled.
+# The tests look for their files where they were compiled, and models that were made are used by all.
 built_in=$(cat "$here/built-in")
+mkdir -p "$here/target/bench-models"
 if [ ! -e "$built_in" ]; then
   mkdir -p "$(dirname "$built_in")" && ln -sfn "$here/repository" "$built_in" \
     || { echo "cannot make $built_in, where the tests look for their files" >&2; exit 1; }
 fi
+[ -e "$here/repository/target" ] || ln -s "$here/target" "$here/repository/target"
 
 python=${PYTHON:-python3}
 if $dry_run; then
@@ -68,39 +76,63 @@ PYTHON
   export LD_LIBRARY_PATH=${libraries:+$libraries:}${LD_LIBRARY_PATH:-}
 fi
 
-# stage NAME WHAT COMMAND...: runs it with the time limit, keeps its output, and notes the outcome.
+# What is known so far.
+write_report() {
+  {
+    echo "# CUDA on a GPU: what was checked and measured"
+    echo
+    echo "$(date -u +%Y-%m-%d), $(cat "$results/gpu" 2>/dev/null || echo "a GPU that was not asked"), commit $(paste -sd' ' "$here/commit")"
+    echo
+    "$python" "$here/summary.py" "$results"
+  } >"$report.new" && mv "$report.new" "$report"
+}
+
+# outcome NAME WHAT VERDICT SECONDS: notes it, in the order of the first time.
+outcome() {
+  local number
+  number=$(ls "$results/outcomes" | sed -n "s/-$1\$//p")
+  [ -n "$number" ] || number=$(printf '%03d' "$(ls "$results/outcomes" | wc -l)")
+  echo "| $1 | $2 | $3 | $4 |" >"$results/outcomes/$number-$1"
+  echo "$1: $3, $4 s"
+  write_report
+}
+
+# stage NAME SECONDS WHAT COMMAND...: runs it for at most so many seconds, keeps its output, and notes the outcome.
 stage() {
-  local name=$1 what=$2 log start seconds rc
-  shift 2
+  local name=$1 most=$2 what=$3 log start left rc verdict
+  shift 3
+  if $resume && grep -qs '| ok |' "$results"/outcomes/*-"$name"; then
+    return 0
+  fi
   log=$results/$name.log
   start=$(date +%s)
-  timeout --kill-after=10 "$((minutes * 60))" "$@" >"$log" 2>&1
+  left=$((deadline - start))
+  [ "$left" -lt "$most" ] && most=$left
+  if [ "$most" -lt 15 ]; then
+    outcome "$name" "$what" "not begun: no time left (run.sh --resume)" 0
+    return 0
+  fi
+  timeout --kill-after=10 "$most" "$@" >"$log" 2>&1
   rc=$?
-  seconds=$(($(date +%s) - start))
   case $rc in
     0) verdict=ok ;;
-    124 | 137) verdict="STOPPED after $minutes minutes" ;;
+    124 | 137) verdict="STOPPED after $most s" ;;
     *) verdict="FAILED (exit $rc)" ;;
   esac
-  [ "$rc" = 0 ] || failed=1
-  echo "$name: $verdict, $seconds s"
-  echo "| $name | $what | $verdict | $seconds |" >>"$report.stages"
+  outcome "$name" "$what" "$verdict" "$(($(date +%s) - start))"
   [ "$rc" = 0 ] || { echo "--- the end of $log"; tail -n 25 "$log"; }
 }
 
-# The lines of a log that belong in the report.
-tables() {
-  local name=$1
-  [ -f "$results/$name.log" ] || return 0
-  { echo; echo "### $name"; echo; grep -E '^(\||\*\*|[A-Za-z0-9.]+: )' "$results/$name.log" || echo "(nothing was measured)"; } >>"$report.tables"
-}
-
-rm -f "$report.stages" "$report.tables"
-touch "$report.stages" "$report.tables"
 wants() { printf '%s\n' "${stages[@]}" | grep -qx "$1"; }
 
-gpu="no GPU (emulated driver)"
-copy_gb_per_s=
+num_gpus=2
+if ! $dry_run; then
+  num_gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | sort | uniq -c | tr -s ' ' | paste -sd';' >"$results/gpu"
+else
+  echo "no GPU (emulated driver)" >"$results/gpu"
+fi
+
 if wants environment; then
   environment() {
     date -u
@@ -136,77 +168,78 @@ PYTHON
   }
   export -f environment
   export dry_run bin python
-  stage environment "the GPU, its driver, the libraries" bash -c environment
-  tables environment
-  $dry_run || gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c | tr -s ' ' | paste -sd';')
-  copy_gb_per_s=$(sed -n 's/^copy: \([0-9]*\) GB.*/\1/p' "$results/environment.log")
+  stage environment 120 "the GPU, its driver, the libraries" bash -c environment
 fi
+copy_gb_per_s=$(sed -n 's/^copy: \([0-9]*\) GB.*/\1/p' "$results/environment.log" 2>/dev/null)
+copy=${copy_gb_per_s:+copy=$copy_gb_per_s}
 
 if wants tests; then
   for test in "$bin"/deps/test-*; do
     name=$(basename "$test")
-    stage "$name" "tests" "$test" ${TEST_FILTER:-} --test-threads "${TEST_THREADS:-4}"
-    grep -E '^test result' "$results/$name.log" | sed "s/^/$name: /" >>"$report.tables" || true
+    if [ "$num_gpus" = 1 ] && [[ $name == *cuda_nodes ]]; then
+      outcome "$name" "tests" "not run: it needs two GPUs" 0
+      continue
+    fi
+    stage "$name" 300 "tests" "$test" ${TEST_FILTER:-} --test-threads "${TEST_THREADS:-4}"
   done
 fi
 
 if wants memory; then
   if command -v compute-sanitizer >/dev/null; then
     test=$(ls "$bin"/deps/test-*cuda_matches_cpu | head -1)
+    # The shortest first.
+    sanitize() {
+      for module in activation embedding rotary norm kv_cache moe context lora sampling attention linear; do
+        echo "$1 of $module: $(date -u +%T)"
+        compute-sanitizer --tool "$1" --error-exitcode 9 "$test" --test-threads 1 "$module::" || exit
+        echo "$1: $module is clean"
+      done
+    }
+    export -f sanitize
+    export test
     for tool in memcheck racecheck; do
-      CUDA_CHECK_CASES=1 stage "$tool" "operations under compute-sanitizer" \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --test-threads 1
+      stage "$tool" 75 "operations under compute-sanitizer" bash -c "sanitize $tool"
     done
   else
-    echo "| memory | operations under compute-sanitizer | not run: compute-sanitizer is not installed | 0 |" >>"$report.stages"
+    outcome memory "operations under compute-sanitizer" "not run: compute-sanitizer is not installed" 0
   fi
 fi
 
-# The demo's shape on a CPU, Llama-3.1-8B's on a GPU.
-if $dry_run; then shape=135m long="" ; else shape=8b; fi
+# The smallest published shape on a CPU, Llama-3.1-8B's on a GPU.
+if $dry_run; then shape=135m; else shape=8b; fi
 if wants bench; then
   if $dry_run; then
-    stage bench-device "operations" "$bin/deps/bench-device" small
+    stage bench-device 300 "operations" "$bin/deps/bench-device" small
     # The smallest published shape is too much for an emulated GPU: that the benchmark starts and measures is seen on the CPU.
-    stage bench-shard "one shard" "$bin/deps/bench-shard" 135m decode=1 context=32 prefill=1x16 in-flight=1 --device cpu
+    stage bench-shard 300 "one shard" "$bin/deps/bench-shard" 135m decode=1 context=32 prefill=1x16 in-flight=1 --device cpu
   else
-    copy=${copy_gb_per_s:+copy=$copy_gb_per_s}
-    stage bench-device "operations" "$bin/deps/bench-device" $copy
-    stage bench-shard "one shard" "$bin/deps/bench-shard" $shape decode=1,8,32,64,256 context=1024 prefill=8x1024 $copy --device cuda
-    stage bench-long "one shard, 8k contexts" "$bin/deps/bench-shard" $shape decode=1,16 context=8192 prefill=1x8192 $copy --device cuda
-    stage bench-eager "one shard, without CUDA graphs" "$bin/deps/bench-shard" $shape decode=1,64 context=1024 prefill=1x1024 $copy \
+    stage bench-device 120 "operations" "$bin/deps/bench-device" $copy
+    stage bench-shard 240 "one shard" "$bin/deps/bench-shard" $shape decode=1,8,32,64,256 context=1024 prefill=8x1024 $copy --device cuda
+    stage bench-long 120 "one shard, 8k contexts" "$bin/deps/bench-shard" $shape decode=1,16 context=8192 prefill=1x8192 $copy --device cuda
+    stage bench-eager 120 "one shard, without CUDA graphs" "$bin/deps/bench-shard" $shape decode=1,64 context=1024 prefill=1x1024 $copy \
       --device cuda --cuda-graphs 0
+    stage bench-plain 120 "one shard, without custom kernels" "$bin/deps/bench-shard" $shape decode=1,64 context=1024 prefill=1x1024 $copy \
+      --device cuda --disable-custom-kernels
   fi
-  for name in bench-device bench-shard bench-long bench-eager; do tables $name; done
 fi
 
 if wants serving; then
   if $dry_run; then
-    stage bench-serving "the demo model through HTTP" "$bin/deps/bench-serving" demo batches=1,2 --device cpu
+    stage bench-serving 300 "the demo model through HTTP" "$bin/deps/bench-serving" demo batches=1,2 prompt=64 --device cpu
   else
-    stage bench-serving "the same through HTTP" "$bin/deps/bench-serving" $shape batches=1,64,256 --device cuda \
+    stage bench-serving 240 "the same through HTTP" "$bin/deps/bench-serving" $shape batches=1,64,256 prompt=1024 --device cuda \
       --max-batch-size 256 --max-concurrent-requests 512
   fi
-  tables bench-serving
 fi
 
 if wants transformers && ! $dry_run; then
+  # Made by the stage `bench`.
   model=$here/target/bench-models/Llama-3.1-8B-shape-BF16
-  stage transformers "the same weights in transformers" "$python" "$here/repository/integration-tests/reference/bench_transformers.py" \
-    "$model" --device cuda --kinds prefill decode continuous
-  { echo; echo "### transformers"; echo; echo '```'; grep '^{' "$results/transformers.log"; echo '```'; } >>"$report.tables"
+  stage transformers 420 "the same weights in transformers" "$python" \
+    "$here/repository/integration-tests/reference/bench_transformers.py" "$model" --device cuda --kinds prefill decode continuous
 fi
 
-{
-  echo "# CUDA on a GPU: what was checked and measured"
-  echo
-  echo "$(date -u +%Y-%m-%d), $gpu, commit $(paste -sd' ' "$here/commit")"
-  echo
-  echo "| stage | what | outcome | seconds |"
-  echo "|---|---|---|---|"
-  cat "$report.stages"
-  cat "$report.tables"
-} >"$report"
-rm -f "$report.stages" "$report.tables"
+write_report
 echo "report: $report"
-exit $failed
+grep -qhvE '\| (ok|not run[^|]*) \|' "$results"/outcomes/* && exit 1
+exit 0

@@ -9,7 +9,18 @@ const SMALL: [&str; 6] =
 
 #[tokio::test]
 async fn the_server_on_a_gpu_answers_what_transformers_computes_to_several_clients_at_once() {
-    let flags = [&["--device", "cuda", "--dtype", "float32"], &SMALL[..]].concat();
+    let stack = answers_what_transformers_computes(&[]).await;
+    assert!(!stack.log().contains("plain kernels"), "{}", stack.log());
+}
+
+#[tokio::test]
+async fn without_custom_kernels_the_answers_are_the_same() {
+    let stack = answers_what_transformers_computes(&["--disable-custom-kernels"]).await;
+    assert!(stack.log().contains("plain kernels"), "{}", stack.log());
+}
+
+async fn answers_what_transformers_computes(flags: &[&str]) -> Stack {
+    let flags = [&["--device", "cuda", "--dtype", "float32"], flags, &SMALL[..]].concat();
     let stack = Stack::start(Model::Golden("llama"), &flags).await;
     assert_eq!(stack.get("/info").await.ok()["model_device_type"], "cuda");
     let golden = golden("llama");
@@ -28,6 +39,7 @@ async fn the_server_on_a_gpu_answers_what_transformers_computes_to_several_clien
     let answers = prompts.iter().chain(prompts).map(ask);
     futures::future::join_all(answers).await;
     assert!(stack.log().contains("memory of the GPU"), "{}", stack.log());
+    stack
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 /// Compares text in, text and ids out, over HTTP. Greedy continuations are exact: the goldens were chosen such that no
 /// step has two tokens closer than 1e-2, far more than two orders of summation differ.
-async fn check(model: &'static str, flags: &[&str]) {
+async fn check(model: &'static str, flags: &[&str]) -> Stack {
     let stack = Stack::start(Model::Golden(model), flags).await;
     let golden = golden(model);
     for prompt in golden["prompts"].as_array().expect("prompts") {
@@ -23,6 +23,7 @@ async fn check(model: &'static str, flags: &[&str]) {
         assert_eq!(&Value::Array(ids(&answer["details"]["tokens"])), expected, "{model}: continuation");
         check_logprobs(model, &answer["details"]["prefill"], &prompt["logprobs"]);
     }
+    stack
 }
 
 /// The tolerance of the goldens (see their README) for logits holds for log-probabilities as well.
@@ -50,6 +51,14 @@ async fn llama_continues_as_in_transformers() {
 async fn llama_in_16_bit_weights_continues_as_in_transformers() {
     check("llama_bf16", &["--dtype", "float32"]).await;
     check("llama_f16", &["--dtype", "float32"]).await;
+}
+
+#[tokio::test]
+async fn without_custom_kernels_models_continue_as_in_transformers() {
+    for model in ["llama", "qwen3"] {
+        let stack = check(model, &["--device", "cpu", "--disable-custom-kernels"]).await;
+        assert!(stack.log().contains("CPU, Portable"), "{}", stack.log());
+    }
 }
 
 #[tokio::test]

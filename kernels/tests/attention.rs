@@ -393,7 +393,7 @@ fn sequences_find_their_tables_in_the_rows_that_they_name() {
     for (row, column, ids) in [(4, 0, &[1][..]), (2, 0, &[3, 0]), (4, 1, &[2])] {
         tables.append(&context, [NewBlocks { row, column, ids }]).expect("they fit");
     }
-    let rows = [4, 2];
+    let rows = [4_u32, 2];
     let kept = AttentionBatch {
         block_tables: tables.entries(),
         table_rows: Some(View::from_slice(&rows, 1, 2)),

@@ -18,8 +18,8 @@ pub struct ShardConfig {
     pub dtype: Option<Dtype>,
 
     /// Element type of keys and values. Half as wide, twice as many tokens fit the memory and a long context is read
-    /// twice as fast; fp8_e4m3fn needs a GPU [default: that of the weights on a GPU; on the CPU bfloat16, but float32 where the
-    /// weights' type is float32]
+    /// twice as fast; fp8_e4m3fn needs a GPU, and stores them as they are, with a scale of 1: what is beyond 448 becomes
+    /// 448 [default: that of the weights on a GPU; on the CPU bfloat16, but float32 where the weights' type is float32]
     #[arg(long, env = "KV_CACHE_DTYPE", value_enum)]
     pub kv_cache_dtype: Option<KvCacheDtype>,
 
@@ -49,7 +49,10 @@ pub struct ShardConfig {
     #[arg(long, env = "CUDA_MEMORY_FRACTION", default_value_t = 1.0, value_parser = fraction)]
     pub cuda_memory_fraction: f64,
 
-    /// Refused on a GPU, where all kernels are our own and there are no others to use instead; on the CPU there are none
+    /// Compute without the kernels that are tuned for this machine, where their results are in doubt; slower. On a GPU,
+    /// products are cuBLASLt's alone; attention, experts' products and LoRA each have the one kernel that is for any size;
+    /// norms, rotary embedding and cache writes are not fused; sampling and what else has no alternative stay. On the CPU,
+    /// what the compiler makes of plain Rust, without AVX or NEON
     #[arg(long, env = "DISABLE_CUSTOM_KERNELS")]
     pub disable_custom_kernels: bool,
 }

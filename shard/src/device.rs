@@ -1,6 +1,5 @@
 //! Which device computes: what `--device` means on this machine, with this executable.
 
-use anyhow::ensure;
 use kernels::Context;
 
 use crate::config::{DeviceChoice, Dtype, ShardConfig};
@@ -10,23 +9,16 @@ pub fn visible_gpus() -> anyhow::Result<usize> {
     Ok(kernels::num_gpus()?)
 }
 
-/// What `--device` comes to: never [`DeviceChoice::Auto`]. An error where a GPU is asked for and there is none, or where
-/// a setting cannot be followed on it.
+/// What `--device` comes to: never [`DeviceChoice::Auto`]. An error where a GPU is asked for and there is none.
 pub fn resolve_device(config: &ShardConfig) -> anyhow::Result<DeviceChoice> {
-    let device = match config.device {
+    Ok(match config.device {
         DeviceChoice::Auto if visible_gpus().is_ok_and(|count| count > 0) => DeviceChoice::Cuda,
         DeviceChoice::Auto | DeviceChoice::Cpu => DeviceChoice::Cpu,
         DeviceChoice::Cuda => {
             visible_gpus()?;
             DeviceChoice::Cuda
         }
-    };
-    ensure!(
-        device == DeviceChoice::Cpu || !config.disable_custom_kernels,
-        "--disable-custom-kernels cannot be followed on a GPU, where all kernels are our own: leave it out, or compute on \
-         the CPU with --device cpu"
-    );
-    Ok(device)
+    })
 }
 
 /// Shards of a launch that does not say how many: one for each GPU.
@@ -39,9 +31,12 @@ pub fn default_num_shards(device: DeviceChoice) -> usize {
 
 /// `ordinal`: of the GPU.
 pub(crate) fn open(config: &ShardConfig, ordinal: usize, num_threads: usize) -> anyhow::Result<Context> {
-    Ok(match (resolve_device(config)?, config.dtype) {
-        (DeviceChoice::Cuda, _) => Context::cuda(ordinal, num_threads)?,
-        (_, Some(Dtype::Float32)) => Context::cpu_with_f32_activations(num_threads),
-        _ => Context::cpu(num_threads),
+    Ok(match (resolve_device(config)?, config.disable_custom_kernels, config.dtype) {
+        (DeviceChoice::Cuda, true, _) => Context::cuda_with_plain_kernels(ordinal, num_threads)?,
+        (DeviceChoice::Cuda, false, _) => Context::cuda(ordinal, num_threads)?,
+        // They keep activations in f32 whatever the dtype.
+        (_, true, _) => Context::cpu_with_plain_kernels(num_threads),
+        (_, false, Some(Dtype::Float32)) => Context::cpu_with_f32_activations(num_threads),
+        (_, false, _) => Context::cpu(num_threads),
     })
 }

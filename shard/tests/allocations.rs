@@ -107,6 +107,7 @@ fn decode_rows(position: usize, blocks: usize) -> ForwardInput {
         query_starts: (0..=NUM_SEQUENCES as u32).collect(),
         kv_lens: vec![position as u32 + 1; NUM_SEQUENCES],
         block_tables: (0..NUM_SEQUENCES * blocks).map(|block| block as u32).collect(),
+        table_rows: vec![],
         max_blocks: blocks,
         logit_rows: (0..NUM_SEQUENCES as u32).collect(),
         // One without an adapter, and one of each.

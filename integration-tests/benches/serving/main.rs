@@ -1,7 +1,10 @@
 //! What a user waits for and what a step costs, through the real executable over HTTP:
 //!
 //! `make bench-serving` (or `cargo bench -p integration-tests --bench serving -- [demo] [135m] [0.5b] [1b] [8b] [bf16] [f16] [f32]
-//! [batches=1,64,256] [--flags-of-lamplighter ...]`)
+//! [batches=1,64,256] [prompt=1024] [--flags-of-lamplighter ...]`)
+//!
+//! `prompt=1024`: requests have so many tokens (32), which come from the prefix cache: what is decoded stands behind a context as
+//! in `make bench-shard`, and prompts cost nothing. The difference between the two is what router, messages and HTTP cost.
 //!
 //! For each model: seconds from start to ready, memory, time to first token, and decode speed with 1, 2, 4, 8 and 16
 //! requests at once; beside it the floor, which is the rate at which this machine reads the weights' bytes, measured in
@@ -20,6 +23,8 @@ use serde_json::{Value, json};
 
 use synthetic::{SHAPES, Shape, Stored};
 
+/// Tokens of a request's prompt, where the command line does not say.
+const PROMPT_TOKENS: usize = 32;
 /// Tokens generated for a measurement of decode speed.
 const NEW_TOKENS: usize = 64;
 
@@ -31,12 +36,18 @@ fn main() -> anyhow::Result<()> {
     let mut chosen: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let first_flag = chosen.iter().position(|argument| argument.starts_with("--")).unwrap_or(chosen.len());
     let mut flags = chosen.split_off(first_flag);
+    let prompt = chosen.iter().find_map(|argument| argument.strip_prefix("prompt="));
+    let prompt = prompt.map(str::parse::<usize>).transpose()?;
     // The prompts are alike: without the cache, each is computed.
-    flags.extend(["--max-total-tokens", "1024", "--prefix-caching", "false"].map(str::to_owned));
+    let max_total_tokens = prompt.map_or(1024, |tokens| (tokens + NEW_TOKENS + 1).max(1024)).to_string();
+    let is_cached = prompt.is_some().to_string();
+    let fixed = ["--max-total-tokens", &max_total_tokens, "--prefix-caching", &is_cached];
+    flags.extend(fixed.map(str::to_owned));
+    let prompt = prompt.unwrap_or(PROMPT_TOKENS);
     let batches = chosen.iter().find_map(|argument| argument.strip_prefix("batches="));
     let batches: Vec<usize> =
         batches.unwrap_or("1,2,4,8,16").split(',').map(str::parse).collect::<Result<_, _>>()?;
-    chosen.retain(|argument| !argument.starts_with("batches="));
+    chosen.retain(|argument| !argument.starts_with("batches=") && !argument.starts_with("prompt="));
     let wanted_type =
         |stored: &Stored| chosen.iter().any(|argument| argument.eq_ignore_ascii_case(stored.name()));
     let stored = STORED.into_iter().find(wanted_type).unwrap_or(Stored::Bf16);
@@ -49,7 +60,7 @@ fn main() -> anyhow::Result<()> {
     );
     println!("|---|---|---|---|---|---|---|");
     if chosen.is_empty() || chosen.iter().any(|argument| *argument == "demo") {
-        runtime.block_on(measure("demo", Model::Demo, None, &flags, &batches));
+        runtime.block_on(measure("demo", Model::Demo, None, &flags, (&batches, prompt)));
     }
     for (index, (name, shape)) in SHAPES.into_iter().enumerate() {
         let named = chosen.iter().any(|argument| *argument == name);
@@ -57,7 +68,7 @@ fn main() -> anyhow::Result<()> {
             let directory = shape.write(stored, &work_directory(), &demo_checkpoint())?;
             let directory: &'static str = Box::leak(directory.display().to_string().into_boxed_str());
             let model = Model::Directory(directory);
-            runtime.block_on(measure(shape.name, model, Some((shape, stored)), &flags, &batches));
+            runtime.block_on(measure(shape.name, model, Some((shape, stored)), &flags, (&batches, prompt)));
         }
     }
     Ok(())
@@ -68,7 +79,7 @@ async fn measure(
     model: Model,
     shape: Option<(&Shape, Stored)>,
     flags: &[String],
-    batches: &[usize],
+    (batches, prompt_tokens): (&[usize], usize),
 ) {
     let start = Instant::now();
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
@@ -79,7 +90,7 @@ async fn measure(
     let mut single = 0.0;
     for &batch in batches {
         let bandwidth = read_bandwidth();
-        let Decode { rate, outside } = decode(&stack, batch).await;
+        let Decode { rate, outside } = decode(&stack, batch, prompt_tokens).await;
         if single == 0.0 {
             single = rate;
         }
@@ -95,13 +106,16 @@ async fn measure(
             },
         );
         println!(
-            "| {name} | {batch} | {rate:.1} | {:.1} | {:.2} | {floor} | {:.1} % |",
+            "| {name} | {batch} at {prompt_tokens} | {rate:.1} | {:.1} | {:.2} | {floor} | {:.1} % |",
             rate / batch as f64,
             rate / single,
             100.0 * outside
         );
     }
-    for prompt in [16, 512] {
+    // What is in the cache says nothing about prompts.
+    let is_cached = flags.windows(2).any(|pair| pair == ["--prefix-caching", "true"]);
+    let uncached: &[usize] = if is_cached { &[] } else { &[16, 512] };
+    for &prompt in uncached {
         let mut seconds = Vec::new();
         for _ in 0..5 {
             seconds.push(generate(&stack, 1, prompt, 1).await.as_secs_f64());
@@ -129,12 +143,14 @@ struct Decode {
 }
 
 /// The best of three.
-async fn decode(stack: &Stack, batch: usize) -> Decode {
+async fn decode(stack: &Stack, batch: usize, prompt_tokens: usize) -> Decode {
     let mut best = Decode { rate: 0.0, outside: 1.0 };
+    // What may be cached is, from here on.
+    generate(stack, batch, prompt_tokens, 1).await;
     for _ in 0..3 {
-        let first = generate(stack, batch, 32, 1).await;
+        let first = generate(stack, batch, prompt_tokens, 1).await;
         let before = seconds_in_model(stack).await;
-        let all = generate(stack, batch, 32, 1 + NEW_TOKENS).await;
+        let all = generate(stack, batch, prompt_tokens, 1 + NEW_TOKENS).await;
         let in_model = seconds_in_model(stack).await - before;
         let rate = (batch * NEW_TOKENS) as f64 / all.saturating_sub(first).as_secs_f64();
         if rate > best.rate {

@@ -58,7 +58,10 @@ pub(crate) struct Driver {
     last_step_id: u64,
     pub(crate) num_blocks: usize,
     pub(crate) kv_bytes_per_token: f64,
-    /// From the start of the process to the end of its warmup.
+    pub(crate) weight_bytes: u64,
+    /// From the start of the process to when its weights are where it computes.
+    pub(crate) loaded_s: f64,
+    /// The same to the end of its warmup.
     pub(crate) ready_s: f64,
     /// Holds the socket.
     _directory: tempfile::TempDir,
@@ -80,6 +83,7 @@ impl Driver {
             .kill_on_drop(true)
             .spawn()?;
         let (mut client, info) = reach(&mut process, &socket, started).await?;
+        let loaded_s = started.elapsed().as_secs_f64();
         let block_size = info.block_size_tokens as usize;
         let blocks_per_sequence = load.max_len.div_ceil(block_size);
         let warmup = WarmupRequest {
@@ -100,6 +104,8 @@ impl Driver {
             last_step_id: 0,
             num_blocks,
             kv_bytes_per_token: info.kv_bytes_per_token as f64,
+            weight_bytes: info.weight_bytes,
+            loaded_s,
             ready_s: started.elapsed().as_secs_f64(),
             _directory: directory,
         })

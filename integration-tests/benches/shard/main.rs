@@ -115,6 +115,12 @@ async fn measure(wishes: &Wishes, directory: &Path) -> anyhow::Result<()> {
         driver.num_blocks,
         wishes.in_flight,
     );
+    let gb = driver.weight_bytes as f64 / 1e9;
+    println!(
+        "loading: {gb:.2} GB of weights in {:.2} s, {:.3} s per GB, the start of the process included\n",
+        driver.loaded_s,
+        driver.loaded_s / gb,
+    );
     println!(
         "| work | tokens/s | ms a step | of that forward | sampling | GB/s of weights and cache | of a copy's rate |"
     );

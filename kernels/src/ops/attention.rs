@@ -213,7 +213,9 @@ fn check(query: View<'_>, cache: &KvLayer, sequences: Sequences<'_>, out: &ViewM
         let Some(table) = sequences.table(sequence) else {
             return require(OP, false, || {
                 let entries = block_tables.len();
-                format!("sequence {sequence} has a row beyond the {entries} entries of tables of {max_blocks} blocks")
+                format!(
+                    "sequence {sequence} has a row beyond the {entries} entries of tables of {max_blocks} blocks"
+                )
             });
         };
         let table = &table[..blocks];

@@ -232,7 +232,8 @@ enum Tables {
 fn kept(fixture: &Fixture, cached: &Cached, num_sequences: usize) -> (BlockTables, Vec<u32>) {
     let columns = cached.max_blocks + 3;
     let rows: Vec<u32> = (0..num_sequences as u32).map(|sequence| 2 * sequence + 1).rev().collect();
-    let mut tables = BlockTables::new(&fixture.cuda, 2 * num_sequences + 1, columns, num_sequences).expect("memory");
+    let mut tables =
+        BlockTables::new(&fixture.cuda, 2 * num_sequences + 1, columns, num_sequences).expect("memory");
     let first = cached.max_blocks / 2;
     for (column, end) in [(0, first), (first, cached.max_blocks)] {
         let new = rows.iter().zip(cached.tables.chunks(cached.max_blocks)).map(|(&row, table)| NewBlocks {
@@ -266,12 +267,12 @@ fn check_tables(
     let there = [on_host.query_starts, on_host.kv_lens, on_host.block_tables].map(upload);
     let [query_starts, kv_lens, block_tables] = there.each_ref().map(Tensor::view);
     let mut batch = AttentionBatch { query_starts, kv_lens, block_tables, ..on_host };
-    let (kept, rows) = kept(fixture, &cached, lens.len());
-    let rows = upload(View::from_slice(&rows, 1, rows.len()));
+    let (kept, table_rows) = kept(fixture, &cached, lens.len());
+    let table_rows = upload(View::from_slice(&table_rows, 1, table_rows.len()));
     if tables == Tables::Kept {
         batch.block_tables = kept.entries();
         batch.max_blocks = kept.max_blocks();
-        batch.table_rows = Some(rows.view());
+        batch.table_rows = Some(table_rows.view());
     }
     let of_heads = OfHeads::new(&fixture.cuda, cached.heads());
     let params = of_heads.params(shape.head_dim, features);
@@ -316,12 +317,13 @@ fn kernels_with_tensor_cores_attend_as_the_cpu_does() {
 
 #[test]
 fn all_parameters_do_what_they_do_on_the_cpu() {
-    let mut fixture = Fixture::new(32);
-    for (i, features) in FEATURES.into_iter().enumerate() {
-        for (kv_dtype, group) in [(DType::F16, 4), (DType::F8E4M3, 3)] {
-            let shape = Shape { kv_heads: 2, group, head_dim: 64, dtype: DType::F16, kv_dtype };
-            let lens = ragged(&mut fixture, 50);
-            check(&mut fixture, shape, LAYOUTS[i % 2], features, &lens);
+    for mut fixture in Fixture::of_all_kernels(32) {
+        for (i, features) in FEATURES.into_iter().enumerate() {
+            for (kv_dtype, group) in [(DType::F16, 4), (DType::F8E4M3, 3)] {
+                let shape = Shape { kv_heads: 2, group, head_dim: 64, dtype: DType::F16, kv_dtype };
+                let lens = ragged(&mut fixture, 50);
+                check(&mut fixture, shape, LAYOUTS[i % 2], features, &lens);
+            }
         }
     }
 }
@@ -346,26 +348,28 @@ fn any_head_size_and_any_types_attend_as_the_cpu_does() {
 
 #[test]
 fn lengths_at_the_borders_of_blocks_units_and_splits_are_seen_to_the_end() {
-    let mut fixture = Fixture::new(34);
-    let mut lens: Vec<_> =
-        [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 700].map(|len| (1, len)).into();
-    for (head_dim, group, kv_dtype) in [(128, 8, DType::F16), (64, 20, DType::F8E4M3)] {
-        let shape = Shape { kv_heads: 1, group, head_dim, dtype: DType::F16, kv_dtype };
-        check(&mut fixture, shape, LAYOUTS[0], Features::default(), &lens);
-        lens.truncate(11);
+    for mut fixture in Fixture::of_all_kernels(34) {
+        let mut lens: Vec<_> =
+            [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 700].map(|len| (1, len)).into();
+        for (head_dim, group, kv_dtype) in [(128, 8, DType::F16), (64, 20, DType::F8E4M3)] {
+            let shape = Shape { kv_heads: 1, group, head_dim, dtype: DType::F16, kv_dtype };
+            check(&mut fixture, shape, LAYOUTS[0], Features::default(), &lens);
+            lens.truncate(11);
+        }
+        let chunks = [(2, 2), (31, 31), (32, 33), (33, 64), (65, 65), (64, 129), (1, 1), (7, 200)];
+        let shape = Shape { kv_heads: 1, group: 2, head_dim: 128, dtype: DType::F16, kv_dtype: DType::F16 };
+        check(&mut fixture, shape, LAYOUTS[0], FEATURES[1], &chunks);
     }
-    let chunks = [(2, 2), (31, 31), (32, 33), (33, 64), (65, 65), (64, 129), (1, 1), (7, 200)];
-    let shape = Shape { kv_heads: 1, group: 2, head_dim: 128, dtype: DType::F16, kv_dtype: DType::F16 };
-    check(&mut fixture, shape, LAYOUTS[0], FEATURES[1], &chunks);
 }
 
 #[test]
 fn sequences_find_their_tables_in_the_rows_that_they_name() {
-    let mut fixture = Fixture::new(38);
-    for (head_dim, kv_dtype) in [(64, DType::F16), (128, DType::F8E4M3), (40, DType::F16)] {
-        let shape = Shape { kv_heads: 2, group: 2, head_dim, dtype: DType::F16, kv_dtype };
-        let lens = ragged(&mut fixture, 40);
-        check_tables(&mut fixture, (shape, LAYOUTS[0], Features::default()), &lens, Tables::Kept);
+    for mut fixture in Fixture::of_all_kernels(38) {
+        for (head_dim, kv_dtype) in [(64, DType::F16), (128, DType::F8E4M3), (40, DType::F16)] {
+            let shape = Shape { kv_heads: 2, group: 2, head_dim, dtype: DType::F16, kv_dtype };
+            let lens = ragged(&mut fixture, 40);
+            check_tables(&mut fixture, (shape, LAYOUTS[0], Features::default()), &lens, Tables::Kept);
+        }
     }
 }
 
@@ -374,8 +378,7 @@ fn what_is_outside_of_the_tables_is_not_appended() {
     let fixture = Fixture::new(39);
     for context in [&fixture.cpu, &fixture.cuda] {
         let mut tables = BlockTables::new(context, 2, 3, 2).expect("memory");
-        let mut append =
-            |row, column, ids: &[u32]| tables.append(context, [NewBlocks { row, column, ids }]);
+        let mut append = |row, column, ids: &[u32]| tables.append(context, [NewBlocks { row, column, ids }]);
         append(0, 0, &[5, 6]).expect("it fits");
         append(1, 2, &[7]).expect("it fits");
         append(0, 2, &[8]).expect("it fits");
@@ -383,7 +386,7 @@ fn what_is_outside_of_the_tables_is_not_appended() {
         for (row, column, ids) in [(2, 0, &[1][..]), (0, 3, &[1]), (1, 2, &[1, 2])] {
             assert!(matches!(append(row, column, ids), Err(Error::Shape { .. })));
         }
-        let mut entries = [0; 6];
+        let mut entries = [0_u32; 6];
         context.download(tables.entries(), &mut entries).expect("shapes fit");
         assert_eq!(entries, [5, 6, 8, 0, 0, 7]);
     }
@@ -424,32 +427,33 @@ fn a_recorded_launch_serves_all_lengths() {
 
 #[test]
 fn arrays_that_point_outside_of_the_memory_are_kept_within_it() {
-    let mut fixture = Fixture::new(36);
-    for (head_dim, kv_dtype) in [(64, DType::F16), (64, DType::F8E4M3), (40, DType::F16)] {
-        let shape = Shape { kv_heads: 1, group: 2, head_dim, dtype: DType::F16, kv_dtype };
-        let cached = Cached::new(&mut fixture, shape, &[40, 40, 40]);
-        let query = fixture.values(5, cached.cols(), shape.dtype);
-        let there = fixture.upload(&query, shape.dtype, LAYOUTS[0]);
-        let mut out = fixture.poisoned(5, cached.cols(), shape.dtype, LAYOUTS[0]);
-        let vector = |values: &[u32]| {
-            fixture.cuda.upload(&Tensor::from_slice(values, 1, values.len())).expect("memory")
-        };
-        let (starts, lens) = (vector(&[0, 1, u32::MAX - 7, 3]), vector(&[u32::MAX, 1 << 31, 200]));
-        let tables = vector(&vec![u32::MAX; cached.tables.len()]);
-        let batch = AttentionBatch {
-            query_starts: starts.view(),
-            kv_lens: lens.view(),
-            block_tables: tables.view(),
-            table_rows: None,
-            max_blocks: cached.max_blocks,
-            num_decodes: 1,
-            max_query_len: 5,
-            max_kv_len: 40,
-        };
-        let params = AttentionParams::new(1.0);
-        paged_attention(&fixture.cuda, there.view(), &cached.on_device, &batch, params, out.view_mut())
-            .expect("shapes fit");
-        fixture.cuda.synchronize().expect("nothing outside was touched");
+    for mut fixture in Fixture::of_all_kernels(36) {
+        for (head_dim, kv_dtype) in [(64, DType::F16), (64, DType::F8E4M3), (40, DType::F16)] {
+            let shape = Shape { kv_heads: 1, group: 2, head_dim, dtype: DType::F16, kv_dtype };
+            let cached = Cached::new(&mut fixture, shape, &[40, 40, 40]);
+            let query = fixture.values(5, cached.cols(), shape.dtype);
+            let there = fixture.upload(&query, shape.dtype, LAYOUTS[0]);
+            let mut out = fixture.poisoned(5, cached.cols(), shape.dtype, LAYOUTS[0]);
+            let vector = |values: &[u32]| {
+                fixture.cuda.upload(&Tensor::from_slice(values, 1, values.len())).expect("memory")
+            };
+            let (starts, lens) = (vector(&[0, 1, u32::MAX - 7, 3]), vector(&[u32::MAX, 1 << 31, 200]));
+            let tables = vector(&vec![u32::MAX; cached.tables.len()]);
+            let batch = AttentionBatch {
+                query_starts: starts.view(),
+                kv_lens: lens.view(),
+                block_tables: tables.view(),
+                table_rows: None,
+                max_blocks: cached.max_blocks,
+                num_decodes: 1,
+                max_query_len: 5,
+                max_kv_len: 40,
+            };
+            let params = AttentionParams::new(1.0);
+            paged_attention(&fixture.cuda, there.view(), &cached.on_device, &batch, params, out.view_mut())
+                .expect("shapes fit");
+            fixture.cuda.synchronize().expect("nothing outside was touched");
+        }
     }
 }
 

@@ -1,7 +1,14 @@
 //! Memory, copies, recorded steps, and what is refused within one.
 
+use kernels::ops::activation::Activation;
+use kernels::ops::attention::{RotaryAndPages, paged_attention, rotary_write_kv};
+use kernels::ops::linear::{Experts, GatedLinear, LinearPart, Weight, linear, linear_gated, linear_grouped};
+use kernels::ops::lora::{AdapterRows, Lora, LowRank, lora_add};
 use kernels::ops::norm::add_rms_norm;
-use kernels::{Context, DType, Error, Place, Readback, Result, Staging, Tensor};
+use kernels::ops::rotary::{RotaryPairs, RotaryTables};
+use kernels::{
+    AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Place, Readback, Result, Staging, Tensor,
+};
 
 use super::{ACTIVATIONS, Fixture, LAYOUTS, download_f32, tolerance};
 
@@ -143,6 +150,87 @@ fn a_step_neither_allocates_nor_copies_to_the_device_but_by_staging() {
         fixture.cuda.download(there.view(), &mut [0.0_f32; 4]).expect("shapes fit");
     }
     fixture.cuda.upload(&values).expect("memory");
+}
+
+#[test]
+fn of_plain_kernels_none_is_tuned() {
+    let [tuned, plain] = Fixture::of_all_kernels(9).map(|mut fixture| {
+        products_and_attention(&mut fixture);
+        fixture.cuda.used_kernels()
+    });
+    let is_tuned = |op: &&String| {
+        [
+            "linear_few",
+            "linear_gated",
+            "linear_tile",
+            "attention_",
+            "add_rms_norm",
+            "rotary_write_kv",
+            "lora_shrink_tile",
+        ]
+        .iter()
+        .any(|name| op.starts_with(name))
+    };
+    assert_eq!(tuned.iter().filter(is_tuned).count(), 9, "{tuned:?}");
+    assert_eq!(plain.iter().filter(is_tuned).count(), 0, "{plain:?}");
+    assert!(plain.iter().any(|op| op == "attention"), "{plain:?}");
+    let name = Fixture::of_all_kernels(9)[1].cuda.device_name();
+    assert!(name.ends_with("plain kernels"), "{name}");
+}
+
+/// A bit of everything that is computed by different kernels.
+fn products_and_attention(fixture: &mut Fixture) {
+    let cuda = &fixture.cuda;
+    let zeros = |rows, cols, dtype| cuda.zeros(rows, cols, dtype).expect("memory");
+    let dtype = DType::BF16;
+    let (weight, norm) = (zeros(64, 64, dtype), zeros(1, 64, DType::F32));
+    let part = LinearPart { weight: Weight::Dense(&weight), bias: None };
+    let words = |words: &[u32]| cuda.upload(&Tensor::from_slice(words, 1, words.len())).expect("memory");
+    for rows in [1, 40] {
+        let x = zeros(rows, 64, dtype);
+        let [mut out, mut gate_up] = [64, 128].map(|cols| zeros(rows, cols, dtype));
+        linear(cuda, x.view(), &[part], out.view_mut()).expect("shapes fit");
+        let gated = GatedLinear { gate: part, up: part, activation: Activation::Silu };
+        linear_gated(cuda, x.view(), gated, gate_up.view_mut(), out.view_mut()).expect("shapes fit");
+        let starts = words(&[0, rows as u32]);
+        let experts = Experts { weight: (&weight).into(), starts: starts.view() };
+        linear_grouped(cuda, x.view(), experts, out.view_mut()).expect("shapes fit");
+        let mut residual = zeros(rows, 64, DType::F32);
+        add_rms_norm(cuda, residual.view_mut(), x.view(), &norm, 1e-5, out.view_mut()).expect("shapes fit");
+        let factors = LowRank { a: zeros(16, 64, dtype), b: zeros(64, 16, dtype), scale: 1.0 };
+        let lora = Lora::new(cuda, 64, &[64], vec![vec![Some(factors)]]).expect("shapes fit");
+        let slots = words(&vec![0; rows]);
+        let known = AdapterRows { slots: slots.view(), any: true };
+        let mut hidden = zeros(rows, 16, DType::F32);
+        lora_add(cuda, x.view(), &lora, known, hidden.view_mut(), out.view_mut()).expect("shapes fit");
+
+        let mut layer = KvLayer::new(cuda, 2, 1, 32, 64, dtype).expect("memory");
+        let mut qkv = zeros(rows, 3 * 64, dtype);
+        let [cos, sin] = [0, 1].map(|_| zeros(64, 32, DType::F32));
+        let counted: Vec<u32> = (0..rows as u32).collect();
+        let positions = words(&counted);
+        let pages = RotaryAndPages {
+            positions: positions.view(),
+            tables: RotaryTables { cos: &cos, sin: &sin, pairs: RotaryPairs::HalfApart },
+            slots: positions.view(),
+        };
+        rotary_write_kv(cuda, qkv.view_mut(), None, pages, &mut layer).expect("shapes fit");
+        let (starts, lens, tables) = (words(&[0, rows as u32]), words(&[rows as u32]), words(&[0, 1]));
+        let batch = AttentionBatch {
+            query_starts: starts.view(),
+            kv_lens: lens.view(),
+            block_tables: tables.view(),
+            table_rows: None,
+            max_blocks: 2,
+            num_decodes: usize::from(rows == 1),
+            max_query_len: rows,
+            max_kv_len: rows,
+        };
+        let query = qkv.view().narrow_cols(0, 64);
+        paged_attention(cuda, query, &layer, &batch, AttentionParams::new(1.0), out.view_mut())
+            .expect("shapes fit");
+    }
+    cuda.synchronize().expect("nothing went wrong");
 }
 
 #[test]

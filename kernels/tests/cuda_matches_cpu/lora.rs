@@ -96,22 +96,23 @@ fn slots(fixture: &mut Fixture, rows: usize, num_adapters: u32) -> Vec<u32> {
 
 #[test]
 fn rows_of_any_adapters_match_the_cpu() {
-    let mut fixture = Fixture::new(51);
-    let shapes: [Shape<'_>; 4] = [
-        (64, &[40, 16, 24], [&[8, 8, 8], &[16, 0, 4], &[2, 64, 0]]),
-        (160, &[300, 300], [&[16, 16], &[40, 1], &[0, 0]]),
-        (1096, &[257], [&[32], &[256], &[16]]),
-        (33, &[5, 70, 6], [&[3, 5, 7], &[1, 0, 2], &[16, 9, 16]]),
-    ];
-    for (k, outputs, ranks) in shapes {
-        for dtype in ACTIVATIONS {
-            for layout in LAYOUTS {
-                let lora = both(&mut fixture, (k, outputs), &ranks, dtype, layout);
-                for rows in ROWS {
-                    let slots = slots(&mut fixture, rows, 3);
-                    let out_dtype = if rows % 2 == 0 { dtype } else { DType::F32 };
-                    let sizes = (k, outputs.iter().sum());
-                    check(&mut fixture, &lora, sizes, &slots, (dtype, out_dtype), layout);
+    for mut fixture in Fixture::of_all_kernels(51) {
+        let shapes: [Shape<'_>; 4] = [
+            (64, &[40, 16, 24], [&[8, 8, 8], &[16, 0, 4], &[2, 64, 0]]),
+            (160, &[300, 300], [&[16, 16], &[40, 1], &[0, 0]]),
+            (1096, &[257], [&[32], &[256], &[16]]),
+            (33, &[5, 70, 6], [&[3, 5, 7], &[1, 0, 2], &[16, 9, 16]]),
+        ];
+        for (k, outputs, ranks) in shapes {
+            for dtype in ACTIVATIONS {
+                for layout in LAYOUTS {
+                    let lora = both(&mut fixture, (k, outputs), &ranks, dtype, layout);
+                    for rows in ROWS {
+                        let slots = slots(&mut fixture, rows, 3);
+                        let out_dtype = if rows % 2 == 0 { dtype } else { DType::F32 };
+                        let sizes = (k, outputs.iter().sum());
+                        check(&mut fixture, &lora, sizes, &slots, (dtype, out_dtype), layout);
+                    }
                 }
             }
         }

@@ -37,6 +37,8 @@ struct Fixture {
     cpu: Context,
     cuda: Context,
     random: SmallRng,
+    /// Up to so many rows of a product, what belongs to it is computed in one kernel, with nothing rounded in between.
+    most_fused_rows: usize,
 }
 
 impl Fixture {
@@ -45,7 +47,19 @@ impl Fixture {
             cpu: Context::cpu_with_f32_activations(1),
             cuda: Context::cuda(0, 2).expect("a device"),
             random: SmallRng::seed_from_u64(seed),
+            most_fused_rows: 16,
         }
+    }
+
+    /// With the kernels that are chosen by size, and with plain ones.
+    fn of_all_kernels(seed: u64) -> [Self; 2] {
+        let plain = Context::cuda_with_plain_kernels(0, 2).expect("a device");
+        [Self::new(seed), Self { cuda: plain, most_fused_rows: 0, ..Self::new(seed) }]
+    }
+
+    /// How much larger errors are where several operations are not one kernel.
+    fn unfused(&self, factor: f32) -> f32 {
+        if self.most_fused_rows == 0 { factor } else { 1.0 }
     }
 
     /// Values in -1 .. 1, rounded to `dtype`, as f32 on the host.

@@ -42,22 +42,23 @@ fn rms_norm_is_that_of_the_cpu() {
 
 #[test]
 fn add_rms_norm_is_that_of_the_cpu() {
-    let mut fixture = Fixture::new(3);
-    for (name, dtype, shape, layout) in cases() {
-        let mut sum = fixture.values(shape.0, shape.1, DType::F32);
-        let x = fixture.values(shape.0, shape.1, dtype);
-        let weight = fixture.values(1, shape.1, DType::F32);
-        let mut residual = fixture.upload(&sum, DType::F32, layout);
-        let mut expected = zeros(shape);
-        norm::add_rms_norm(&fixture.cpu, sum.view_mut(), x.view(), &weight, EPS, expected.view_mut())
-            .expect("shapes fit");
+    for mut fixture in Fixture::of_all_kernels(3) {
+        for (name, dtype, shape, layout) in cases() {
+            let mut sum = fixture.values(shape.0, shape.1, DType::F32);
+            let x = fixture.values(shape.0, shape.1, dtype);
+            let weight = fixture.values(1, shape.1, DType::F32);
+            let mut residual = fixture.upload(&sum, DType::F32, layout);
+            let mut expected = zeros(shape);
+            norm::add_rms_norm(&fixture.cpu, sum.view_mut(), x.view(), &weight, EPS, expected.view_mut())
+                .expect("shapes fit");
 
-        let (x, weight) = (fixture.upload(&x, dtype, layout), fixture.weights(&weight));
-        let mut out = fixture.poisoned(shape.0, shape.1, dtype, layout);
-        norm::add_rms_norm(&fixture.cuda, residual.view_mut(), x.view(), &weight, EPS, out.view_mut())
-            .expect("shapes fit");
-        fixture.check(&format!("{name}, residual"), &residual, &sum, 0.0);
-        fixture.check(&name, &out, &expected, tolerance(dtype));
+            let (x, weight) = (fixture.upload(&x, dtype, layout), fixture.weights(&weight));
+            let mut out = fixture.poisoned(shape.0, shape.1, dtype, layout);
+            norm::add_rms_norm(&fixture.cuda, residual.view_mut(), x.view(), &weight, EPS, out.view_mut())
+                .expect("shapes fit");
+            fixture.check(&format!("{name}, residual"), &residual, &sum, 0.0);
+            fixture.check(&name, &out, &expected, tolerance(dtype));
+        }
     }
 }
 
@@ -108,26 +109,27 @@ fn layer_norm_is_that_of_the_cpu() {
 
 #[test]
 fn add_layer_norm_is_that_of_the_cpu() {
-    let mut fixture = Fixture::new(6);
-    for (i, (name, dtype, shape, layout)) in cases().enumerate() {
-        let mut sum = fixture.values(shape.0, shape.1, DType::F32);
-        let x = fixture.values(shape.0, shape.1, dtype);
-        let weight = fixture.values(1, shape.1, DType::F32);
-        let bias = (i % 2 == 1).then(|| fixture.values(1, shape.1, DType::F32));
-        let weights = LayerNormWeights { weight: &weight, bias: bias.as_ref(), eps: EPS };
-        let mut residual = fixture.upload(&sum, DType::F32, layout);
-        let mut expected = zeros(shape);
-        norm::add_layer_norm(&fixture.cpu, sum.view_mut(), x.view(), weights, expected.view_mut())
-            .expect("shapes fit");
+    for mut fixture in Fixture::of_all_kernels(6) {
+        for (i, (name, dtype, shape, layout)) in cases().enumerate() {
+            let mut sum = fixture.values(shape.0, shape.1, DType::F32);
+            let x = fixture.values(shape.0, shape.1, dtype);
+            let weight = fixture.values(1, shape.1, DType::F32);
+            let bias = (i % 2 == 1).then(|| fixture.values(1, shape.1, DType::F32));
+            let weights = LayerNormWeights { weight: &weight, bias: bias.as_ref(), eps: EPS };
+            let mut residual = fixture.upload(&sum, DType::F32, layout);
+            let mut expected = zeros(shape);
+            norm::add_layer_norm(&fixture.cpu, sum.view_mut(), x.view(), weights, expected.view_mut())
+                .expect("shapes fit");
 
-        let x = fixture.upload(&x, dtype, layout);
-        let (weight, bias) = (fixture.weights(&weight), bias.map(|bias| fixture.weights(&bias)));
-        let weights = LayerNormWeights { weight: &weight, bias: bias.as_ref(), eps: EPS };
-        let mut out = fixture.poisoned(shape.0, shape.1, dtype, layout);
-        norm::add_layer_norm(&fixture.cuda, residual.view_mut(), x.view(), weights, out.view_mut())
-            .expect("shapes fit");
-        fixture.check(&format!("{name}, residual"), &residual, &sum, 0.0);
-        fixture.check(&name, &out, &expected, tolerance(dtype));
+            let x = fixture.upload(&x, dtype, layout);
+            let (weight, bias) = (fixture.weights(&weight), bias.map(|bias| fixture.weights(&bias)));
+            let weights = LayerNormWeights { weight: &weight, bias: bias.as_ref(), eps: EPS };
+            let mut out = fixture.poisoned(shape.0, shape.1, dtype, layout);
+            norm::add_layer_norm(&fixture.cuda, residual.view_mut(), x.view(), weights, out.view_mut())
+                .expect("shapes fit");
+            fixture.check(&format!("{name}, residual"), &residual, &sum, 0.0);
+            fixture.check(&name, &out, &expected, tolerance(dtype));
+        }
     }
 }
 

@@ -223,10 +223,8 @@ mod tests {
 
     #[test]
     fn sequences_on_a_device_name_their_tables_there() {
-        let mut sequences = Sequences::from([
-            (1, sequence(&[1], 0, &[6])),
-            (2, sequence(&[1, 2, 3, 4, 5], 4, &[3, 4])),
-        ]);
+        let mut sequences =
+            Sequences::from([(1, sequence(&[1], 0, &[6])), (2, sequence(&[1, 2, 3, 4, 5], 4, &[3, 4]))]);
         place(sequences.get_mut(&1).unwrap(), 9);
         place(sequences.get_mut(&2).unwrap(), 4);
         let batch = batch(&[scheduled(1, 1), scheduled(2, 1)], &sequences);

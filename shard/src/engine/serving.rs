@@ -325,7 +325,8 @@ impl Serving {
         }
         let Some(device) = &mut self.device else { return self.compute(batch, rank, times).map(|()| None) };
         let sequences = &mut self.sequences;
-        device.send_blocks(&rank.context, batch.entries.iter().map(|entry| &sequences[&entry.sequence_id]))?;
+        device
+            .send_blocks(&rank.context, batch.entries.iter().map(|entry| &sequences[&entry.sequence_id]))?;
         for entry in &batch.entries {
             let sequence = sequences.get_mut(&entry.sequence_id).expect("it is in the batch");
             sequence.num_tabled = sequence.block_ids.len();

@@ -142,7 +142,7 @@ pub fn load_with_adapters(
         context.synchronize().map_err(weights::Error::from)?;
         let seconds = started.elapsed().as_secs_f64();
         let gb = weight_bytes as f64 / 1e9;
-        tracing::info!(gb, seconds, gb_per_s = gb / seconds, "weights copied to the GPU");
+        tracing::info!(gb, seconds, seconds_per_gb = seconds / gb, "weights copied to the GPU");
     }
     Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype, adapter_names })
 }

@@ -284,6 +284,25 @@ fn a_grammar_that_is_not_known_fails_its_sequence_and_no_other_on_a_gpu() {
     assert_eq!(token_ids(&found)[1..], token_ids(&expected)[1..]);
 }
 
+#[test]
+fn plain_kernels_give_the_tokens_of_the_cpu_with_and_without_graphs() {
+    let mut requests = unequal_requests();
+    for (request, adapter_index) in requests.iter_mut().zip([Some(0), None, Some(1)].into_iter().cycle()) {
+        request.adapter_index = adapter_index;
+    }
+    let expected = run(&mut with_adapters(Context::cpu(2), &[]), &requests, WHOLE_PROMPTS);
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let context = Context::cuda_with_plain_kernels(0, 1).unwrap();
+        let found = run(&mut with_adapters(context, graph_sizes), &requests, WHOLE_PROMPTS);
+        assert_eq!(token_ids(&found), token_ids(&expected), "graphs for {graph_sizes:?}");
+        for (found, expected) in found.iter().zip(&expected) {
+            for (found, expected) in found.tokens.iter().zip(&expected.tokens) {
+                assert!((found.logprob - expected.logprob).abs() < TOLERANCE, "{found:?} {expected:?}");
+            }
+        }
+    }
+}
+
 /// Bytes that each step after the prompt sends to the device, of one sequence behind a prompt of `prompt_len` tokens.
 fn bytes_of_decode_steps(engine: &mut Engine, prompt_len: usize) -> Vec<u64> {
     let mut bytes = Vec::new();

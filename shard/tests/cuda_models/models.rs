@@ -18,7 +18,10 @@ const FLOAT32: LoadOptions = LoadOptions {
 };
 
 fn on_gpu(name: &str, options: LoadOptions) -> Rank {
-    let context = Context::cuda(0, 1).unwrap();
+    with(Context::cuda(0, 1).unwrap(), name, options)
+}
+
+fn with(context: Context, name: &str, options: LoadOptions) -> Rank {
     let model = models::load(&context, &golden_dir(name), options).unwrap();
     Rank::on(context, model, Box::new(Local))
 }
@@ -31,6 +34,23 @@ fn logits_are_those_of_transformers() {
             let logits = rank.prompt(&prompt.token_ids);
             assert_close(name, &logits[logits.len() - expected.len()..], &expected, TOLERANCE);
         }
+    }
+}
+
+#[test]
+fn logits_of_plain_kernels_are_those_of_transformers_too() {
+    for name in GOLDENS {
+        let mut rank = with(Context::cuda_with_plain_kernels(0, 1).unwrap(), name, FLOAT32);
+        for (prompt, expected) in golden(name) {
+            let logits = rank.prompt(&prompt.token_ids);
+            assert_close(name, &logits[logits.len() - expected.len()..], &expected, TOLERANCE);
+        }
+    }
+    let options = LoadOptions::default();
+    let mut rank = with(Context::cuda_with_plain_kernels(0, 1).unwrap(), "llama_bf16", options);
+    for ((prompt, expected), tolerance) in golden("llama_bf16").into_iter().zip(TRANSFORMERS_IN_BF16) {
+        let logits = rank.prompt(&prompt.token_ids);
+        assert_close("llama_bf16", &logits[logits.len() - expected.len()..], &expected, tolerance);
     }
 }
 

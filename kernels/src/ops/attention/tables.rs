@@ -52,7 +52,10 @@ impl BlockTables {
         self.ids.clear();
         for NewBlocks { row, column, ids } in new.into_iter().filter(|new| !new.ids.is_empty()) {
             require(OP, row < rows && column + ids.len() <= max_blocks, || {
-                format!("{} entries from [{row}, {column}] on, the tables are [{rows}, {max_blocks}]", ids.len())
+                format!(
+                    "{} entries from [{row}, {column}] on, the tables are [{rows}, {max_blocks}]",
+                    ids.len()
+                )
             })?;
             self.runs.extend([row, column, ids.len(), self.ids.len()].map(|word| word as u32));
             self.ids.extend_from_slice(ids);
@@ -60,14 +63,12 @@ impl BlockTables {
         if self.runs.is_empty() {
             return Ok(());
         }
-        on_cuda!(context, |device| {
-            let [runs, ids] = self.staging.send(context, [&self.runs, &self.ids])?;
-            super::cuda::append_blocks(device, runs, ids, &mut self.entries)
-        });
-        for run in self.runs.chunks_exact(RUN_WORDS) {
+        let [runs, ids] = self.staging.send(context, [&self.runs, &self.ids])?;
+        on_cuda!(context, |device| super::cuda::append_blocks(device, runs, ids, &mut self.entries));
+        let (runs, ids): (&[u32], &[u32]) = (runs.into_slice(), ids.into_slice());
+        for run in runs.chunks_exact(RUN_WORDS) {
             let [row, column, len, from] = [0, 1, 2, 3].map(|word| run[word] as usize);
-            let ids = &self.ids[from..][..len];
-            self.entries.view_mut().row(row)[column..][..len].copy_from_slice(ids);
+            self.entries.view_mut().row(row)[column..][..len].copy_from_slice(&ids[from..][..len]);
         }
         Ok(())
     }

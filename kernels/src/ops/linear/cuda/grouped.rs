@@ -37,7 +37,10 @@ pub(super) fn product(device: &Device, call: &Call, part: &Part, starts: &Starts
 
 pub(super) fn fits_tiles(device: &Device, call: &Call, part: &Part) -> bool {
     let is_16_bit = call.x.dtype != DType::F32 && part.values.dtype == call.x.dtype;
-    device.kernels() == Kernels::Tuned && is_16_bit && is_packed(call.x, call.k) && is_packed(part.values, call.k)
+    device.kernels() == Kernels::Tuned
+        && is_16_bit
+        && is_packed(call.x, call.k)
+        && is_packed(part.values, call.k)
 }
 
 /// Without `starts` all rows are of one weight. `part` has neither scales nor bias.
