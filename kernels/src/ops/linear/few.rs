@@ -39,9 +39,13 @@ const GROUP: usize = 48;
 /// Weights of a group, which with those of the next are to stay in an L2 cache.
 const GROUP_BYTES: usize = 256 << 10;
 
-/// How far ahead lines are asked for, at least, where the weights are read from first to last: enough for memory to answer,
-/// and little enough to stay in the L1 cache.
+/// How far ahead lines are asked for, at least, where the weights are read from first to last: for the L2 cache, enough for memory
+/// to answer, ...
 const AHEAD_BYTES: usize = 8 << 10;
+
+/// ... and for the L1 cache, enough for the L2 cache to answer. A request for the L1 cache keeps one of its few places for lines
+/// under way until it is answered.
+const NEAR_BYTES: usize = 512;
 
 thread_local! {
     /// Sums of a group of outputs, to be carried on by the next part of k.
@@ -98,19 +102,23 @@ impl<F: Format> Kernel for Groups<'_, F> {
                     let most_rows = block.x.tile(num_tiles - 1).num_rows;
                     let num_outputs = tile_outputs::<S, F>(most_rows, last - output);
                     let at = output * block.weight_stride + part.start;
-                    let near = Stream {
+                    let next = Stream {
                         start: at + num_outputs.max(rows_ahead) * block.weight_stride,
                         row: block.weight_stride,
                         line: line_len,
                     };
+                    let near = match rows_ahead {
+                        0 => next,
+                        _ => Stream { start: at + NEAR_BYTES / size_of::<F::Element>(), ..next },
+                    };
                     let far = match rows {
-                        _ if !asks_far => near,
+                        _ if !asks_far => next,
                         ..=MEMORY_ORDER_ROWS => {
                             let (row, line) = (lines_before / lines_per_row, lines_before % lines_per_row);
                             let start = (last + row) * block.weight_stride + line * line_len;
                             Stream { start, row: line_len, line: num_outputs * line_len }
                         }
-                        _ => Stream { start: at + group * block.weight_stride, ..near },
+                        _ => Stream { start: at + group * block.weight_stride, ..next },
                     };
                     lines_before += num_outputs * part.len().div_ceil(line_len);
                     for time in 0..num_tiles {
