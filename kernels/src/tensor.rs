@@ -256,6 +256,16 @@ impl Tensor {
         Ok(Self { storage: Arc::new(Storage::Mapped(file)), offset, dtype, rows, cols, row_stride: cols })
     }
 
+    /// Where a matrix without gaps lies in a mapped file, in bytes; `None` for others.
+    pub fn in_file(&self) -> Option<(&Arc<MappedFile>, std::ops::Range<usize>)> {
+        match &*self.storage {
+            Storage::Mapped(file) if self.rows <= 1 || self.row_stride == self.cols => {
+                Some((file, self.offset..self.offset + self.size_in_bytes()))
+            }
+            _ => None,
+        }
+    }
+
     /// A matrix without gaps in memory of a device that holds as many bytes.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(

@@ -45,6 +45,7 @@ impl Ours {
             max_position: MAX_POSITION,
             block_size: BLOCK_SIZE,
         };
+        std::mem::take(&mut model.mapped).move_to_huge_pages()?;
         model.decoder.prepare(context, limits)?;
         let mut cache = KvCache::new(context, &model.decoder, NUM_BLOCKS, BLOCK_SIZE, model.kv_dtype)?;
         fill(context, &model, &mut cache)?;

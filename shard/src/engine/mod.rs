@@ -13,6 +13,7 @@ mod device;
 mod device_sampling;
 mod grammars;
 mod graphs;
+mod huge_pages;
 mod memory;
 mod rank;
 mod sequence;

@@ -17,8 +17,16 @@ pub(super) struct RankModel {
 impl RankModel {
     /// What this shard serves.
     pub(super) fn info(&self) -> InfoResponse {
-        let Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype, adapter_names } =
-            &self.model;
+        let Model {
+            decoder,
+            eos_token_ids,
+            num_parameters,
+            weight_bytes,
+            dtype,
+            kv_dtype,
+            adapter_names,
+            ..
+        } = &self.model;
         let spec = decoder.spec();
         // A window is a property of the model only where all layers have the same.
         let window = spec.layers.first().and_then(|layer| layer.window);

@@ -10,6 +10,7 @@ use proto::v1::{InfoResponse, StepRequest, StepResponse, WarmupRequest, WarmupRe
 use super::BLOCK_SIZE_TOKENS;
 use super::device::device_limits;
 use super::grammars::Grammars;
+use super::huge_pages::begin_to_move;
 use super::rank::RankModel;
 use super::serving::Serving;
 use super::validate::{Limits, check_warmup};
@@ -29,21 +30,24 @@ pub struct Engine {
     grammars: Option<Arc<Grammars>>,
 }
 
-/// What a GPU is used with.
+/// How the machine is used.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineOptions {
     /// Numbers of rows for which decode steps are recorded as CUDA graphs; none: they are not.
     pub graph_sizes: Vec<usize>,
     /// Share of the memory left beside weights and workspace that the KV cache takes, above 0 and at most 1.
     pub memory_fraction: f64,
+    /// Whether weights that a CPU uses as they lie in files move to huge pages after the first `Warmup`, where memory suffices.
+    pub huge_pages: bool,
 }
 
 impl Default for EngineOptions {
-    /// Graphs for up to 256 rows, and all memory.
+    /// Graphs for up to 256 rows, all memory of a GPU, and huge pages.
     fn default() -> Self {
         Self {
             graph_sizes: [1, 2, 4].into_iter().chain((8..=256).step_by(8)).collect(),
             memory_fraction: 1.0,
+            huge_pages: true,
         }
     }
 }
@@ -127,6 +131,11 @@ impl Engine {
             workspace_bytes: workspace_bytes as u64,
         };
         self.serving = Some(serving);
+        if self.options.huge_pages {
+            // Whoever warms up again finds nothing left to be moved.
+            let mapped = std::mem::take(&mut self.rank.model.mapped);
+            begin_to_move(mapped, response.kv_cache_bytes, self.rank.communicator.world_size());
+        }
         Ok(response)
     }
 
@@ -141,7 +150,7 @@ impl Engine {
         // All of the first steps' sequences are in one block, which nobody writes.
         let limits = device_limits(self.limits(request, 1));
         let cache = self.prepare(&limits)?;
-        let EngineOptions { graph_sizes, memory_fraction } = &self.options;
+        let EngineOptions { graph_sizes, memory_fraction, .. } = &self.options;
         let mut serving = Serving::new(limits, cache, &self.rank, graph_sizes)?;
         serving.try_largest(&mut self.rank)?;
         let memory = self.rank.context.device_memory()?.expect("a GPU has memory");

@@ -19,7 +19,7 @@ use kernels::{Context, DType, Place};
 
 use crate::config::{Dtype, KvCacheDtype, LoraAdapter, Quantization};
 use crate::decoder::{Decoder, DecoderSpec, TensorNames};
-use crate::weights::{self, Adapter, Partition, WeightTypes, Weights};
+use crate::weights::{self, Adapter, MappedWeights, Partition, WeightTypes, Weights};
 
 use config::ModelConfig;
 
@@ -70,6 +70,8 @@ pub struct Model {
     pub num_parameters: u64,
     /// Bytes of this rank's weights, mapped or copied.
     pub weight_bytes: u64,
+    /// Those that are used as they lie in the files.
+    pub mapped: MappedWeights,
     /// Element type of weights: the one asked for, or the checkpoint's.
     pub dtype: DType,
     /// Element type of keys and values.
@@ -127,6 +129,7 @@ pub fn load_with_adapters(
     }
     let decoder = Decoder::load(spec, names, &mut weights)?;
     let (num_parameters, weight_bytes) = (weights.num_parameters(), weights.size_in_bytes());
+    let mapped = weights.take_mapped();
     let tied_head = decoder.spec().tied_head.then(|| format!("{}.weight", names.head));
     weights.finish(|name| {
         tied_head.as_deref() == Some(name) || names.redundant.iter().any(|end| name.ends_with(end))
@@ -144,7 +147,7 @@ pub fn load_with_adapters(
         let gb = weight_bytes as f64 / 1e9;
         tracing::info!(gb, seconds, seconds_per_gb = seconds / gb, "weights copied to the GPU");
     }
-    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, dtype, kv_dtype, adapter_names })
+    Ok(Model { decoder, eos_token_ids, num_parameters, weight_bytes, mapped, dtype, kv_dtype, adapter_names })
 }
 
 /// 16 bits, of which bfloat16 has the range of f32: keys and values are computed in f32 and may be beyond f16. Whoever

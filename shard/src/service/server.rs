@@ -20,7 +20,7 @@ use tonic_health::server::HealthReporter;
 use super::connection::Connection;
 use super::shard::ShardService;
 use super::socket::Socket;
-use crate::config::{ShardConfig, ShardPlacement};
+use crate::config::{HugePages, ShardConfig, ShardPlacement};
 use crate::device;
 use crate::engine::{Engine, EngineEvents, EngineHandle, EngineOptions, Loaded, spawn};
 use crate::models::{self, LoadOptions};
@@ -118,8 +118,11 @@ fn load(config: &ShardConfig, placement: &ShardPlacement) -> anyhow::Result<Engi
         num_threads = context.num_threads(),
         "model loaded"
     );
-    let mut options =
-        EngineOptions { memory_fraction: config.cuda_memory_fraction, ..EngineOptions::default() };
+    let mut options = EngineOptions {
+        memory_fraction: config.cuda_memory_fraction,
+        huge_pages: config.huge_pages == HugePages::Auto,
+        ..EngineOptions::default()
+    };
     if let Some(sizes) = &config.cuda_graphs {
         options.graph_sizes.clone_from(sizes);
     }

@@ -6,11 +6,13 @@
 mod adapter;
 mod adapter_config;
 mod error;
+mod mapped;
 mod safetensors;
 mod slice;
 mod store;
 
 pub use adapter::Adapter;
 pub use error::{AdapterError, Error};
+pub use mapped::MappedWeights;
 pub use slice::{Partition, Slice};
 pub use store::{WeightTypes, Weights};

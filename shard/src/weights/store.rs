@@ -9,6 +9,7 @@ use kernels::ops::lora::{Lora, LowRank};
 use kernels::{Context, DType, Place, Tensor};
 
 use super::adapter::{Adapter, StoredLowRank};
+use super::mapped::MappedWeights;
 use super::safetensors::{self, StoredTensor};
 use super::{Error, Partition, Slice};
 use crate::config::Quantization;
@@ -31,6 +32,7 @@ pub struct Weights<'a> {
     tensors: BTreeMap<String, StoredTensor>,
     /// Each with whether a layer has taken a part of it.
     adapters: Vec<(Adapter, bool)>,
+    mapped: MappedWeights,
     num_parameters: u64,
     size_in_bytes: u64,
 }
@@ -54,6 +56,7 @@ impl<'a> Weights<'a> {
             types,
             tensors,
             adapters: Vec::new(),
+            mapped: MappedWeights::default(),
             num_parameters: 0,
             size_in_bytes: 0,
         })
@@ -245,6 +248,11 @@ impl<'a> Weights<'a> {
         Ok(LowRank { a: self.place(&host_a, &a)?, b: self.place(&host_b, &b)?, scale })
     }
 
+    /// What of the tensors taken so far is used as it lies in the files.
+    pub(crate) fn take_mapped(&mut self) -> MappedWeights {
+        std::mem::take(&mut self.mapped)
+    }
+
     /// Refuses tensors that were not taken, except those for which `is_redundant` holds: a model that ignores a bias
     /// answers, but wrongly.
     pub fn finish(self, is_redundant: impl Fn(&str) -> bool) -> Result<(), Error> {
@@ -261,8 +269,9 @@ impl<'a> Weights<'a> {
     }
 
     /// The tensor where operations expect it. Where that is not where it is stored, the stored pages are not read again.
-    fn place(&self, tensor: &Tensor, stored: &StoredTensor) -> Result<Tensor, Error> {
+    fn place(&mut self, tensor: &Tensor, stored: &StoredTensor) -> Result<Tensor, Error> {
         let placed = self.context.upload(tensor)?;
+        self.mapped.add(&placed);
         if placed.place() == Place::Device {
             stored.release();
         }
