@@ -23,10 +23,9 @@ fn x_bytes(wide: bool, rows: usize) -> usize {
     if wide && rows > MEMORY_ORDER_ROWS { 32 << 10 } else { 24 << 10 }
 }
 
-/// Up to this, x is not cut into parts. Weights of few bytes leave room for more of it.
-fn whole_x_bytes<S: Simd, F: Format>(rows: usize) -> usize {
-    let few_bytes = F::PER_STEP * size_of::<F::Element>() < 32;
-    if S::WIDE && few_bytes && rows <= MEMORY_ORDER_ROWS { 32 << 10 } else { 24 << 10 }
+/// Up to this, x is not cut into parts: then few lines of weights are in an L1 cache beside it.
+fn whole_x_bytes(wide: bool, rows: usize) -> usize {
+    if wide && rows <= MEMORY_ORDER_ROWS { 32 << 10 } else { 24 << 10 }
 }
 
 /// Up to this many rows, a part's weights are done with before memory has answered for the next group's if these are asked for in
@@ -149,7 +148,7 @@ fn part_len<S: Simd, F: Format>(rows: usize, k: usize) -> usize {
     let all = rows * k.div_ceil(F::PER_STEP) * size_of::<Lanes>();
     let most = x_bytes(S::WIDE, rows);
     // Half of a cache and more for all of x would leave too little for the weights that are asked for.
-    let parts = if all <= whole_x_bytes::<S, F>(rows) { 1 } else { all.div_ceil(most).max(2) };
+    let parts = if all <= whole_x_bytes(S::WIDE, rows) { 1 } else { all.div_ceil(most).max(2) };
     k.div_ceil(parts).next_multiple_of(MULTIPLE).max(MULTIPLE)
 }
 
