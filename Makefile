@@ -127,7 +127,7 @@ check-asan: toolchain ## Run the kernels' tests under AddressSanitizer, for all 
 	@test "$$($(RUSTC) --print host-tuple)" = $(SANITIZED) || { echo "check-asan runs on $(SANITIZED) only." >&2; exit 1; }
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(SANITIZER)" CARGO_TARGET_DIR=$(SANITIZED_TARGET) ASAN_OPTIONS=detect_leaks=0 \
 	  $(CARGO) test $(CARGO_FLAGS) $(SANITIZED_KERNELS) --target $(SANITIZED) --package kernels --no-fail-fast --lib \
-	  --test shapes --test linear --test attention --test moe --test logits --test rowwise --test collective
+	  --test shapes --test linear --test attention --test guard_pages --test lora --test moe --test logits --test rowwise --test collective
 
 # The kernels with libFuzzer's counters; what they depend on is that of `check-asan`. A failing case is written to
 # $(FUZZ)/failures; given to the executable as its argument, it runs alone.
