@@ -175,7 +175,8 @@ struct Relu;
 impl Function for Relu {
     #[inline(always)]
     fn of<S: Simd>(self, simd: S, x: S::Vector) -> S::Vector {
-        simd.max(x, simd.splat(0.0))
+        // In this order NaN stays what it is.
+        simd.max(simd.splat(0.0), x)
     }
 }
 
@@ -184,7 +185,8 @@ struct SquaredRelu;
 impl Function for SquaredRelu {
     #[inline(always)]
     fn of<S: Simd>(self, simd: S, x: S::Vector) -> S::Vector {
-        let positive = simd.max(x, simd.splat(0.0));
+        // As above.
+        let positive = simd.max(simd.splat(0.0), x);
         simd.mul(positive, positive)
     }
 }
