@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use common::{FLOATS, assert_close, assert_same_bits, contexts, levels, rng, tensor, uniform};
 use half::bf16;
 use kernels::ops::attention::{self, BlockTables, NewBlocks, paged_attention};
 use kernels::{AttentionBatch, AttentionParams, Context, DType, Error, KvLayer, Result, Tensor, View};
@@ -235,15 +235,16 @@ fn decode_rows_and_chunks_match_the_reference_at_every_level() {
 }
 
 #[test]
-fn long_sequences_are_cut_at_the_same_places_by_any_threads_and_any_chunks() {
+fn long_sequences_are_cut_at_the_same_places_by_any_threads_and_any_chunks_at_every_level() {
     for (group, head_dim) in [(2, 40), (3, 32)] {
-        check_long_sequences(Shape { kv_heads: 2, group, head_dim, block_size: 32 });
+        for contexts in contexts(&[1, 2, 3, 8]) {
+            check_long_sequences(&contexts, Shape { kv_heads: 2, group, head_dim, block_size: 32 });
+        }
     }
 }
 
-fn check_long_sequences(shape: Shape) {
+fn check_long_sequences(contexts: &[Context], shape: Shape) {
     let cols = shape.kv_heads * shape.group * shape.head_dim;
-    let contexts: Vec<Context> = [1, 2, 3, 8].map(Context::cpu).into_iter().collect();
     let len = 2500;
     let cached = Cached::new(&contexts[0], &mut rng(6), shape, DType::BF16, &[len, 700]);
     let all = Features { window: Some(1400), soft_cap: Some(4.0), alibi: true, sinks: true };
@@ -253,38 +254,45 @@ fn check_long_sequences(shape: Shape) {
         let alone = cached.run(&contexts[0], &[(0, len - 1, len)], features);
         // The weights add up to 1, and merging rounds a few times more.
         assert_close(&alone, &want, if tiled { 2.0_f64.powi(-9) } else { 5e-6 }, &format!("{features:?}"));
-        for context in &contexts {
+        for context in contexts {
             let again = cached.run(context, &[(0, len - 1, len)], features);
             assert_same_bits(&again, &alone, "decode row");
             let beside = cached.run(context, &[(1, 690, 691), (0, len - 1, len), (1, 0, 70)], features);
             assert_same_bits(&beside[cols..2 * cols], &alone, "decode row in company");
-            for start in [len - 3, len - 20, len - 100, 1000] {
+            for start in [len - 3, len - 20, len - 100] {
                 let chunk = cached.run(context, &[(0, start, len)], features);
                 assert_same_bits(&chunk[chunk.len() - cols..], &alone, "last row of a chunk");
             }
         }
+        let chunk = cached.run(&contexts[2], &[(0, 1000, len)], features);
+        assert_same_bits(&chunk[chunk.len() - cols..], &alone, "last row of a long chunk");
     }
 }
 
 #[test]
-fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads() {
+fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads_at_every_level() {
     let mut rng = rng(2);
-    let contexts: Vec<Context> = (1..4).map(Context::cpu).collect();
-    for shape in SHAPES {
-        for dtype in FLOATS {
+    let all = Features { window: Some(23), soft_cap: Some(2.5), alibi: true, sinks: true };
+    let changes = [Features::default(), Features::window(Some(23)), all];
+    let levels = contexts(&[1, 2, 3]);
+    for ((i, shape), contexts) in
+        SHAPES.into_iter().enumerate().flat_map(|shape| levels.iter().map(move |of| (shape, of)))
+    {
+        for (j, dtype) in FLOATS.into_iter().enumerate() {
+            // Each change with each type, in other shapes.
+            let features = changes[(i + j) % changes.len()];
             let cached = Cached::new(&contexts[0], &mut rng, shape, dtype, &[150, 61]);
             let cols = shape.kv_heads * shape.group * shape.head_dim;
-            for features in [None, Some(23)].map(Features::window) {
-                let whole = cached.run(&contexts[0], &[(0, 0, 150)], features);
-                for context in &contexts {
-                    let mut start = 0;
-                    while start < 150 {
-                        let end = 150.min(start + rng.random_range(1..40));
-                        let at = rng.random_range(0..60);
-                        let got = cached.run(context, &[(1, at, at + 1), (0, start, end)], features);
-                        assert_same_bits(&got[cols..], &whole[start * cols..end * cols], "chunk");
-                        start = end;
-                    }
+            let whole = cached.run(&contexts[0], &[(0, 0, 150)], features);
+            for context in contexts {
+                let mut start = 0;
+                while start < 150 {
+                    let end = 150.min(start + rng.random_range(1..40));
+                    let at = rng.random_range(0..60);
+                    let got = cached.run(context, &[(1, at, at + 1), (0, start, end)], features);
+                    let what = format!("{}, {dtype:?}, {features:?}", context.device_name());
+                    assert_same_bits(&got[cols..], &whole[start * cols..end * cols], &what);
+                    start = end;
                 }
             }
         }
@@ -292,15 +300,14 @@ fn a_row_has_the_same_bits_chunked_or_not_in_any_batch_on_any_number_of_threads(
 }
 
 #[test]
-fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other() {
-    let context = Context::cpu(2);
-    for shape in [SHAPES[0], SHAPES[6]] {
+fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other_at_every_level() {
+    for (context, shape) in levels().iter().flat_map(|of| [SHAPES[0], SHAPES[6]].map(|shape| (of, shape))) {
         let Shape { kv_heads, group, head_dim, block_size } = shape;
-        let mut cached = Cached::new(&context, &mut rng(3), shape, DType::BF16, &[90]);
+        let mut cached = Cached::new(context, &mut rng(3), shape, DType::BF16, &[90]);
         let poison = Tensor::from_slice(&vec![f32::NAN; kv_heads * head_dim], 1, kv_heads * head_dim);
         let slot = cached.tables[0][1] * block_size as u32 + 4;
-        write_kv(&context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
-        let got = cached.run(&context, &[(0, 0, 90)], Features::window(Some(6)));
+        write_kv(context, poison.view(), poison.view(), &[slot], &mut cached.cache).expect("shapes fit");
+        let got = cached.run(context, &[(0, 0, 90)], Features::window(Some(6)));
         for (row, out) in got.chunks(kv_heads * group * head_dim).enumerate() {
             let sees = (block_size + 4..block_size + 10).contains(&row);
             assert!(out.iter().all(|value| value.is_nan() == sees), "row {row}");
@@ -309,17 +316,16 @@ fn nan_in_a_key_reaches_the_rows_that_see_it_and_no_other() {
 }
 
 #[test]
-fn what_is_infinite_reaches_no_row_that_does_not_see_it() {
-    let context = Context::cpu(1);
-    for shape in [SHAPES[0], SHAPES[6]] {
+fn what_is_infinite_reaches_no_row_that_does_not_see_it_at_every_level() {
+    for (context, shape) in levels().iter().flat_map(|of| [SHAPES[0], SHAPES[6]].map(|shape| (of, shape))) {
         let Shape { kv_heads, group, head_dim, block_size } = shape;
-        let mut cached = Cached::new(&context, &mut rng(7), shape, DType::BF16, &[90]);
-        let before = cached.run(&context, &[(0, 0, 50)], Features::default());
+        let mut cached = Cached::new(context, &mut rng(7), shape, DType::BF16, &[90]);
+        let before = cached.run(context, &[(0, 0, 50)], Features::default());
         let [zeros, infinite] = [0.0, f32::INFINITY]
             .map(|value| Tensor::from_slice(&vec![value; kv_heads * head_dim], 1, kv_heads * head_dim));
         let slot = cached.tables[0][50 / block_size] * block_size as u32 + 50 % block_size as u32;
-        write_kv(&context, zeros.view(), infinite.view(), &[slot], &mut cached.cache).expect("shapes fit");
-        let got = cached.run(&context, &[(0, 0, 90)], Features::default());
+        write_kv(context, zeros.view(), infinite.view(), &[slot], &mut cached.cache).expect("shapes fit");
+        let got = cached.run(context, &[(0, 0, 90)], Features::default());
         assert_same_bits(&got[..before.len()], &before, "rows before it");
         let cols = kv_heads * group * head_dim;
         assert!(got[50 * cols..].iter().all(|value| *value == f32::INFINITY), "rows that see it");

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::Device;
-use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use common::{FLOATS, assert_close, assert_same_bits, contexts, levels, rng, tensor, uniform};
 use half::bf16;
 use kernels::ops::activation::Activation;
 use kernels::ops::linear::{
@@ -250,44 +250,90 @@ fn an_output_with_gaps_keeps_what_lies_between() {
     }
 }
 
+/// What is done to products, by its name.
+type Layer = (&'static str, fn(&Context, View<'_>, Weight<'_>, &Tensor) -> Vec<f32>);
+
+const LAYERS: [Layer; 3] = [
+    ("with a bias", |context, x, weight, bias| run(context, x, &[LinearPart { weight, bias: Some(bias) }])),
+    ("added to what is there", |context, x, weight, bias| {
+        let mut out = Tensor::from_slice(&vec![0.7_f32; x.rows() * weight.rows()], x.rows(), weight.rows());
+        linear_add(context, x, &[LinearPart { weight, bias: Some(bias) }], out.view_mut())
+            .expect("shapes fit");
+        out.as_slice().to_vec()
+    }),
+    ("gated", |context, x, weight, bias| {
+        let part = LinearPart { weight, bias: Some(bias) };
+        gate(context, x, GatedLinear { gate: part, up: part, activation: Activation::Silu })
+    }),
+];
+
+fn gate(context: &Context, x: View<'_>, layer: GatedLinear<'_>) -> Vec<f32> {
+    let n = layer.gate.weight.rows();
+    let mut gate_up = Tensor::zeros(x.rows(), 2 * n, DType::F32);
+    let mut out = Tensor::zeros(x.rows(), n, DType::F32);
+    linear_gated(context, x, layer, gate_up.view_mut(), out.view_mut()).expect("shapes fit");
+    out.as_slice().to_vec()
+}
+
+/// Rows of each way to compute them and of the ends of each, up to where x is multiplied in several parts.
+const COMPANIES: [usize; 23] =
+    [2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 18, 28, 32, 33, 40, 49, 64, 65, 130, 530];
+
+/// Above the threshold from which threads are woken; several groups of outputs and of panels, of which the last is cut off, and
+/// several parts of k with a tail.
 #[test]
-fn a_row_has_the_same_bits_among_1_to_40_and_more_rows_on_1_to_3_threads() {
+fn a_row_has_the_same_bits_in_any_company_on_1_to_3_threads_at_every_level_whatever_is_done_to_its_products()
+{
+    const N: usize = 141;
+    const K: usize = 1043;
     let mut rng = rng(4);
-    let contexts: Vec<Context> = (1..4).map(Context::cpu).collect();
-    // Above the threshold from which threads are woken, with a tail along k and a panel cut off.
-    let weights = Layouts::random(&mut rng, 301, 1043);
-    for weight in weights.all() {
-        let bias = tensor(&mut rng, 1, 301, DType::F32);
-        let parts = [LinearPart { weight, bias: Some(&bias) }];
-        let x = tensor(&mut rng, 200, 1043, DType::F32);
-        let alone: Vec<Vec<f32>> =
-            (0..200).map(|row| run(&contexts[0], x.view().narrow_rows(row, 1), &parts)).collect();
-        for rows in (1..=40).chain([64, 65, 130, 200]) {
-            let got = run(&contexts[rows % 3], x.view().narrow_rows(0, rows), &parts);
-            for (row, got) in got.chunks(301).enumerate() {
-                assert_same_bits(got, &alone[row], &format!("row {row} of {rows}, {weight:?}"));
+    let weights = Layouts::random(&mut rng, N, K);
+    let (bias, x) = (tensor(&mut rng, 1, N, DType::F32), tensor(&mut rng, 530, K, DType::F32));
+    for contexts in contexts(&[1, 2, 3]) {
+        for (weight, (name, layer)) in weights.all().flat_map(|weight| LAYERS.map(|layer| (weight, layer))) {
+            let one_by_one = |row| layer(&contexts[row % 3], x.view().narrow_rows(row, 1), weight, &bias);
+            let alone: Vec<f32> = (0..530).flat_map(one_by_one).collect();
+            for rows in COMPANIES {
+                // Also such as are not the first.
+                let first = (530 - rows) / 2;
+                let got = layer(&contexts[rows % 3], x.view().narrow_rows(first, rows), weight, &bias);
+                let what = format!("{rows} rows {name}, {}, {weight:?}", contexts[0].device_name());
+                assert_same_bits(&got, &alone[first * N..][..rows * N], &what);
             }
         }
     }
 }
 
 #[test]
-fn fused_parts_have_the_bits_of_parts_alone() {
+fn fused_parts_have_the_bits_of_parts_alone_at_every_level_also_where_their_types_differ() {
     let mut rng = rng(5);
-    let context = Context::cpu(3);
-    let weights: Vec<Tensor> = [130, 37, 200].map(|n| tensor(&mut rng, n, 777, DType::F16)).into();
-    let x = tensor(&mut rng, 6, 777, DType::F32);
-    let parts: Vec<LinearPart<'_>> =
-        weights.iter().map(|weight| LinearPart { weight: Weight::Dense(weight), bias: None }).collect();
-    let fused = run(&context, x.view(), &parts);
-    let mut column = 0;
-    for part in &parts {
-        let n = part.weight.rows();
-        let alone = run(&context, x.view(), &[*part]);
-        for row in 0..6 {
-            assert_same_bits(&fused[row * 367 + column..][..n], &alone[row * n..][..n], "part");
+    let outputs = [130, 37, 200];
+    let weights = outputs.map(|n| Layouts::random(&mut rng, n, 777));
+    let x = tensor(&mut rng, 40, 777, DType::F32);
+    // Which layout each part has.
+    let choices = [[0; 3], [1; 3], [2; 3], [3; 3], [2, 3, 1], [3, 0, 2]];
+    for (context, choice) in
+        contexts(&[3]).iter().flatten().flat_map(|context| choices.map(|choice| (context, choice)))
+    {
+        let parts: Vec<LinearPart<'_>> = weights
+            .iter()
+            .zip(choice)
+            .map(|(weights, layout)| weights.all().nth(layout).expect("a layout"))
+            .map(|weight| LinearPart { weight, bias: None })
+            .collect();
+        for rows in [6, 40] {
+            let x = x.view().narrow_rows(0, rows);
+            let fused = run(context, x, &parts);
+            let mut column = 0;
+            for (part, n) in parts.iter().zip(outputs) {
+                let alone = run(context, x, &[*part]);
+                for (fused, alone) in fused.chunks(367).zip(alone.chunks(n)) {
+                    let what = format!("{rows} rows, {}, {:?}", context.device_name(), part.weight);
+                    assert_same_bits(&fused[column..][..n], alone, &what);
+                }
+                column += n;
+            }
         }
-        column += n;
     }
 }
 
@@ -469,28 +515,44 @@ fn weights_in_a_mapped_file_are_used_in_place_at_any_offset() {
 }
 
 #[test]
-fn a_gated_layer_multiplies_what_is_up_with_the_activated_gate() {
+fn a_gated_layer_multiplies_what_is_up_with_the_activated_gate_at_every_level() {
     let mut rng = rng(13);
-    let context = Context::cpu(2);
-    let (gate, up) = (tensor(&mut rng, 21, 40, DType::BF16), tensor(&mut rng, 21, 40, DType::F16));
+    let [gates, ups] = [(); 2].map(|()| Layouts::random(&mut rng, 21, 40));
     let bias = tensor(&mut rng, 1, 21, DType::F32);
-    let x = tensor(&mut rng, 3, 40, DType::F32);
-    let [gate, up] = [
-        LinearPart { weight: Weight::Dense(&gate), bias: Some(&bias) },
-        LinearPart { weight: Weight::Dense(&up), bias: None },
-    ];
-    let products = reference(Level::detect(), &x, &[gate, up]);
-    let want: Vec<f64> = products
-        .chunks(42)
-        .flat_map(|row| row[..21].iter().zip(&row[21..]))
-        .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
-        .collect();
-    let (mut gate_up, mut out) = (Tensor::zeros(3, 42, DType::F32), Tensor::zeros(3, 21, DType::F32));
-    let layer = GatedLinear { gate, up, activation: Activation::Silu };
-    linear_gated(&context, x.view(), layer, gate_up.view_mut(), out.view_mut()).expect("shapes fit");
-    // A factor is the size of the sums.
-    assert_close(out.as_slice(), &want, 8.0 * tolerance(40), "gated");
+    let x = tensor(&mut rng, 70, 40, DType::F32);
+    // Of one type, which are computed together, and not.
+    let same = gates.all().zip(ups.all());
+    let pairs: Vec<_> = same.chain(gates.all().zip(ups.all().skip(1))).collect();
+    for (level, context) in named_levels() {
+        for ((gate, up), rows) in pairs.iter().flat_map(|&pair| [1, 3, 16, 70].map(|rows| (pair, rows))) {
+            let gate = LinearPart { weight: gate, bias: Some(&bias) };
+            let up = LinearPart { weight: up, bias: None };
+            let x = Tensor::from_slice(&x.as_slice::<f32>()[..rows * 40], rows, 40);
+            let want: Vec<f64> = reference(level, &x, &[gate, up])
+                .chunks(42)
+                .flat_map(|row| row[..21].iter().zip(&row[21..]))
+                .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
+                .collect();
+            let got = self::gate(&context, x.view(), GatedLinear { gate, up, activation: Activation::Silu });
+            // A factor is the size of the sums.
+            assert_close(
+                &got,
+                &want,
+                8.0 * tolerance(40),
+                &format!("{level:?}, {rows} rows, {:?}, {:?}", gate.weight, up.weight),
+            );
+        }
+    }
+}
 
+#[test]
+fn gated_layers_that_do_not_fit_are_refused() {
+    let mut rng = rng(16);
+    let context = Context::cpu(1);
+    let (gate, x) = (tensor(&mut rng, 21, 40, DType::BF16), tensor(&mut rng, 3, 40, DType::F32));
+    let gate = LinearPart { weight: Weight::Dense(&gate), bias: None };
+    let layer = GatedLinear { gate, up: gate, activation: Activation::Silu };
+    let (mut gate_up, mut out) = (Tensor::zeros(3, 42, DType::F32), Tensor::zeros(3, 21, DType::F32));
     let other = tensor(&mut rng, 20, 40, DType::BF16);
     let uneven = GatedLinear { up: LinearPart { weight: Weight::Dense(&other), bias: None }, ..layer };
     let refused = linear_gated(&context, x.view(), uneven, gate_up.view_mut(), out.view_mut());
@@ -501,17 +563,19 @@ fn a_gated_layer_multiplies_what_is_up_with_the_activated_gate() {
 }
 
 #[test]
-fn each_row_is_multiplied_with_the_weights_of_its_expert() {
+fn each_row_is_multiplied_with_the_weights_of_its_expert_at_every_level() {
     let mut rng = rng(14);
-    let context = Context::cpu(2);
     let weights = Layouts::random(&mut rng, 3 * 10, 33);
     let x = tensor(&mut rng, 7, 33, DType::F32);
-    for weight in weights.all() {
+    let contexts = contexts(&[2]);
+    for (context, weight) in
+        contexts.iter().flatten().flat_map(|of| weights.all().map(move |weight| (of, weight)))
+    {
         let starts = [0_u32, 2, 2, 6];
         let mut out = Tensor::from_slice(&[7.0_f32; 7 * 10], 7, 10);
         let experts = Experts { weight, starts: View::from_slice(&starts, 1, 4) };
-        linear_grouped(&context, x.view(), experts, out.view_mut()).expect("shapes fit");
-        let all = run(&context, x.view(), &[LinearPart { weight, bias: None }]);
+        linear_grouped(context, x.view(), experts, out.view_mut()).expect("shapes fit");
+        let all = run(context, x.view(), &[LinearPart { weight, bias: None }]);
         for (row, got) in out.as_slice::<f32>().chunks(10).enumerate() {
             let want = match row {
                 0..2 => &all[row * 30..][..10],
@@ -523,11 +587,11 @@ fn each_row_is_multiplied_with_the_weights_of_its_expert() {
         }
         for starts in [[0_u32, 3, 2, 6], [0, 2, 2, 8]] {
             let experts = Experts { weight, starts: View::from_slice(&starts, 1, 4) };
-            let refused = linear_grouped(&context, x.view(), experts, out.view_mut());
+            let refused = linear_grouped(context, x.view(), experts, out.view_mut());
             assert!(refused.expect_err("rows that there are not").to_string().contains("has the rows"));
         }
         let experts = Experts { weight, starts: View::from_slice(&starts[..3], 1, 3) };
-        let refused = linear_grouped(&context, x.view(), experts, out.view_mut());
+        let refused = linear_grouped(context, x.view(), experts, out.view_mut());
         assert!(matches!(refused, Err(Error::Shape { .. })));
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use common::{FLOATS, assert_close, assert_same_bits, contexts, levels, rng, tensor, uniform};
 use kernels::ops::lora::{AdapterRows, Lora, LowRank, NO_ADAPTER, lora_add};
 use kernels::{Context, DType, Error, Tensor, View};
 use rand::rngs::StdRng;
@@ -92,7 +92,7 @@ fn each_row_is_changed_by_its_own_adapter_and_a_row_without_one_keeps_its_bits()
 }
 
 #[test]
-fn a_row_has_the_same_bits_alone_and_in_any_company_on_any_number_of_threads() {
+fn a_row_has_the_same_bits_alone_and_in_any_company_on_any_number_of_threads_at_every_level() {
     let mut rng = rng(2);
     let (rows, k, outputs) = (90, 200, [150, 33]);
     let x = tensor(&mut rng, rows, k, DType::F32);
@@ -100,24 +100,22 @@ fn a_row_has_the_same_bits_alone_and_in_any_company_on_any_number_of_threads() {
     // Runs of one row and of many, as decode rows and prefill chunks are.
     let slot_of = |row: usize| [NONE, 0, 1, 2][if row < 40 { row % 4 } else { row / 17 % 4 }];
     let slots: Vec<u32> = (0..rows).map(slot_of).collect();
-    for dtype in FLOATS {
+    for (dtype, contexts) in
+        FLOATS.into_iter().flat_map(|dtype| contexts(&[1, 2, 3, 4]).into_iter().map(move |of| (dtype, of)))
+    {
         let all = adapters(&mut rng, k, &outputs, &[&[16, 16], &[5, 40], &[0, 8]], dtype);
-        let lora = Lora::new(&Context::cpu(1), k, &outputs, all).expect("shapes fit");
-        for num_threads in 1..5 {
-            let context = Context::cpu(num_threads);
-            let together = run(&context, &lora, x.view(), &slots, before.view());
-            for row in 0..rows {
-                let alone = |view: View<'_>| {
-                    let (x, before) = (view.narrow_rows(row, 1), before.view().narrow_rows(row, 1));
-                    run(&Context::cpu(1), &lora, x, &slots[row..=row], before)
-                };
-                assert_same_bits(together.view().row(row), alone(x.view()).as_slice(), "row");
-            }
-            for (start, len) in [(0, 13), (13, 40), (53, 37)] {
-                let (x, before) = (x.view().narrow_rows(start, len), before.view().narrow_rows(start, len));
-                let chunk = run(&context, &lora, x, &slots[start..start + len], before);
+        let lora = Lora::new(&contexts[0], k, &outputs, all).expect("shapes fit");
+        let part = |context: &Context, start: usize, len: usize| {
+            let (x, before) = (x.view().narrow_rows(start, len), before.view().narrow_rows(start, len));
+            run(context, &lora, x, &slots[start..start + len], before)
+        };
+        let alone: Vec<Tensor> = (0..rows).map(|row| part(&contexts[0], row, 1)).collect();
+        for context in &contexts {
+            for (start, len) in [(0, rows), (0, 13), (13, 40), (53, 37)] {
+                let chunk = part(context, start, len);
                 for row in 0..len {
-                    assert_same_bits(chunk.view().row(row), together.view().row(start + row), "chunk");
+                    let what = format!("{dtype:?}, {}", context.device_name());
+                    assert_same_bits(chunk.view().row(row), alone[start + row].as_slice(), &what);
                 }
             }
         }
@@ -125,19 +123,20 @@ fn a_row_has_the_same_bits_alone_and_in_any_company_on_any_number_of_threads() {
 }
 
 #[test]
-fn a_product_that_is_spread_over_threads_has_the_bits_of_one_that_is_not() {
+fn a_product_that_is_spread_over_threads_has_the_bits_of_one_that_is_not_at_every_level() {
     let mut rng = rng(4);
     let (k, outputs) = (40, [700, 65]);
-    for dtype in FLOATS {
+    for (dtype, contexts) in
+        FLOATS.into_iter().flat_map(|dtype| contexts(&[1, 3, 10]).into_iter().map(move |of| (dtype, of)))
+    {
         let all = adapters(&mut rng, k, &outputs, &[&[256, 200]], dtype);
-        let lora = Lora::new(&Context::cpu(1), k, &outputs, all).expect("shapes fit");
+        let lora = Lora::new(&contexts[0], k, &outputs, all).expect("shapes fit");
         let (x, before) = (tensor(&mut rng, 9, k, DType::F32), tensor(&mut rng, 9, 765, DType::F32));
-        let [one, many] = [1, 10]
-            .map(|num_threads| run(&Context::cpu(num_threads), &lora, x.view(), &[0; 9], before.view()));
+        let [one, many] = [0, 2].map(|i| run(&contexts[i], &lora, x.view(), &[0; 9], before.view()));
         assert_same_bits(many.as_slice(), one.as_slice(), "on ten threads");
         for row in 0..9 {
             let (x, before) = (x.view().narrow_rows(row, 1), before.view().narrow_rows(row, 1));
-            let alone = run(&Context::cpu(3), &lora, x, &[0], before);
+            let alone = run(&contexts[1], &lora, x, &[0], before);
             assert_same_bits(alone.as_slice(), one.view().row(row), "alone");
         }
     }

@@ -3,7 +3,7 @@
 #[expect(dead_code, reason = "what other tests need")]
 mod common;
 
-use common::{assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use common::{assert_close, assert_same_bits, contexts, levels, rng, tensor, uniform};
 use kernels::ops::moe::{Routing, TopK};
 use kernels::{Context, DType, Error, Tensor, View};
 
@@ -99,7 +99,28 @@ fn slots_are_grouped_by_expert_in_order_of_rows_and_gathered_and_combined_rows_c
 }
 
 #[test]
-fn a_row_has_the_same_bits_alone_and_in_company() {
+fn rows_whose_logits_are_not_all_numbers_leave_the_others_alone() {
+    let (rows, experts) = (4, 20);
+    let top_k = TopK { experts_per_row: 3, renormalize: true };
+    let mut logits = uniform(&mut rng(4), rows * experts);
+    let mut routing = Routing::default();
+    routing.route(&Context::cpu(1), View::from_slice(&logits, rows, experts), top_k).expect("shapes fit");
+    let before: Vec<_> = [0, 3].map(|row| routing.chosen(row).to_vec()).concat();
+    logits[experts..2 * experts].fill(f32::NAN);
+    logits[2 * experts + 7] = f32::NEG_INFINITY;
+    routing.route(&Context::cpu(1), View::from_slice(&logits, rows, experts), top_k).expect("shapes fit");
+    let after: Vec<_> = [0, 3].map(|row| routing.chosen(row).to_vec()).concat();
+    let experts_and_weights = |choices: &[kernels::ops::moe::Choice]| -> Vec<(u32, u32)> {
+        choices.iter().map(|choice| (choice.expert, choice.weight.to_bits())).collect()
+    };
+    assert_eq!(experts_and_weights(&after), experts_and_weights(&before));
+    assert!(routing.chosen(1).iter().all(|choice| choice.weight.is_nan()), "of NaN nothing is known");
+    let chosen = routing.chosen(2);
+    assert!(chosen.iter().all(|choice| choice.expert != 7 && choice.weight.is_finite()), "{chosen:?}");
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_company_at_every_level() {
     let mut rng = rng(3);
     let (rows, experts, cols) = (400, 16, 64);
     let logits = tensor(&mut rng, rows, experts, DType::F32);
@@ -114,10 +135,13 @@ fn a_row_has_the_same_bits_alone_and_in_company() {
         routing.combine(context, gathered.view(), out.view_mut()).expect("shapes fit");
         out
     };
-    let all = run(&Context::cpu(3), logits.view(), x.view());
-    for row in [0, 199, 399] {
-        let one = run(&Context::cpu(1), logits.view().narrow_rows(row, 1), x.view().narrow_rows(row, 1));
-        assert_same_bits(all.view().row(row), one.as_slice(), "row");
+    for contexts in contexts(&[1, 2, 3]) {
+        let [all, on_two] = [2, 1].map(|i| run(&contexts[i], logits.view(), x.view()));
+        assert_same_bits(on_two.as_slice(), all.as_slice(), "on two threads");
+        for row in [0, 199, 399] {
+            let one = run(&contexts[0], logits.view().narrow_rows(row, 1), x.view().narrow_rows(row, 1));
+            assert_same_bits(all.view().row(row), one.as_slice(), "row");
+        }
     }
 }
 

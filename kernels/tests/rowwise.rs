@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{D, Device};
-use common::{FLOATS, assert_close, assert_same_bits, levels, rng, tensor, uniform};
+use common::{FLOATS, assert_close, assert_same_bits, contexts, levels, rng, tensor, uniform};
 use kernels::ops::activation::{self, Activation};
 use kernels::ops::norm::LayerNormWeights;
 use kernels::ops::rotary::{RotaryPairs, RotaryTables};
@@ -267,25 +267,138 @@ fn gathered_rows_are_copies() {
     }
 }
 
-#[test]
-fn a_row_has_the_same_bits_alone_and_among_many_on_any_number_of_threads() {
-    let mut rng = rng(7);
-    let (rows, cols) = (301, 1003);
-    let x = tensor(&mut rng, rows, 2 * cols, DType::F32);
-    let weight = tensor(&mut rng, 1, 2 * cols, DType::F32);
-    let run = |context: &Context, x: View<'_>| {
-        let mut normed = Tensor::zeros(x.rows(), 2 * cols, DType::F32);
-        let mut out = Tensor::zeros(x.rows(), cols, DType::F32);
-        norm::rms_norm(context, x, &weight, EPS, normed.view_mut()).expect("shapes fit");
-        activation::silu_mul(context, normed.view(), out.view_mut()).expect("shapes fit");
-        out
+/// Weights, biases and tables of [`operations`].
+struct Constants {
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    table: Tensor,
+}
+
+const COLS: usize = 1004;
+const HEAD_DIM: usize = 251;
+
+impl Constants {
+    fn random() -> Self {
+        let mut rng = rng(7);
+        let mut random = |rows, cols| tensor(&mut rng, rows, cols, DType::F32);
+        Self {
+            weight: random(1, COLS),
+            bias: random(1, COLS),
+            head_weight: random(1, HEAD_DIM),
+            cos: random(40, 125),
+            sin: random(40, 125),
+            table: random(40, COLS),
+        }
+    }
+}
+
+/// Every operation that works on rows by themselves: what each makes of `x`, `[rows, COLS]`, whose rows have these ids.
+fn operations(
+    context: &Context,
+    x: View<'_>,
+    ids: &[u32],
+    constants: &Constants,
+) -> Vec<(&'static str, Vec<f32>)> {
+    let Constants { weight, bias, head_weight, cos, sin, table } = constants;
+    let rows = x.rows();
+    let copy = || {
+        Tensor::from_slice(&(0..rows).flat_map(|i| x.row::<f32>(i).to_vec()).collect::<Vec<_>>(), rows, COLS)
     };
-    let alone = Context::cpu(1);
-    for num_threads in 1..4 {
-        let many = run(&Context::cpu(num_threads), x.view());
-        for row in [0, 1, 150, 300] {
-            let single = run(&alone, x.view().narrow_rows(row, 1));
-            assert_same_bits(many.view().row(row), single.as_slice(), "row");
+    let ids = View::from_slice(ids, 1, rows);
+    let layer = LayerNormWeights { weight, bias: Some(bias), eps: EPS };
+    let mut results = Vec::new();
+    let mut note = |name, out: &Tensor| results.push((name, out.as_slice::<f32>().to_vec()));
+    let (mut out, mut half) = (copy(), Tensor::zeros(rows, COLS / 2, DType::F32));
+    norm::rms_norm(context, x, weight, EPS, out.view_mut()).expect("shapes fit");
+    note("rms_norm", &out);
+    let mut sum = copy();
+    norm::add_rms_norm(context, sum.view_mut(), x, weight, EPS, out.view_mut()).expect("shapes fit");
+    note("add_rms_norm", &out);
+    note("its sum", &sum);
+    norm::layer_norm(context, x, layer, out.view_mut()).expect("shapes fit");
+    note("layer_norm", &out);
+    norm::add_layer_norm(context, sum.view_mut(), x, layer, out.view_mut()).expect("shapes fit");
+    note("add_layer_norm", &out);
+    activation::add(context, sum.view_mut(), x).expect("shapes fit");
+    note("add", &sum);
+    let mut heads = copy();
+    norm::rms_norm_heads(context, heads.view_mut(), head_weight, EPS).expect("shapes fit");
+    note("rms_norm_heads", &heads);
+    for activation in
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::SquaredRelu]
+    {
+        activation::activate(context, activation, x, out.view_mut()).expect("shapes fit");
+        note("activate", &out);
+        activation::gated(context, activation, x, half.view_mut()).expect("shapes fit");
+        note("gated", &half);
+    }
+    for pairs in [RotaryPairs::HalfApart, RotaryPairs::Adjacent] {
+        let mut turned = copy();
+        rotary::rotary(context, turned.view_mut(), HEAD_DIM, ids, RotaryTables { cos, sin, pairs })
+            .expect("shapes fit");
+        note("rotary", &turned);
+    }
+    embedding::embedding(context, ids, table, 3, out.view_mut()).expect("shapes fit");
+    note("embedding", &out);
+    embedding::gather_rows(context, table.view(), ids, out.view_mut()).expect("shapes fit");
+    note("gather_rows", &out);
+    results
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_among_many_on_any_number_of_threads_at_every_level() {
+    let rows = 301;
+    let x = tensor(&mut rng(7), rows, COLS, DType::F32);
+    let ids: Vec<u32> = (0..rows as u32).map(|row| row * 7 % 40).collect();
+    let constants = Constants::random();
+    for contexts in contexts(&[1, 2, 3]) {
+        let some = [0, 1, 65, 150, 300];
+        let alone = some
+            .map(|row| operations(&contexts[0], x.view().narrow_rows(row, 1), &ids[row..=row], &constants));
+        for context in &contexts {
+            for (i, (name, many)) in operations(context, x.view(), &ids, &constants).into_iter().enumerate() {
+                let cols = many.len() / rows;
+                for (row, alone) in some.iter().zip(&alone) {
+                    let what = format!("{name}, row {row}, {}", context.device_name());
+                    assert_same_bits(&many[row * cols..][..cols], &alone[i].1, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_reaches_its_row_and_no_other_in_every_operation_at_every_level() {
+    let rows = 5;
+    let clean = tensor(&mut rng(11), rows, COLS, DType::F32);
+    let ids = [3, 0, 39, 12, 12];
+    let constants = Constants::random();
+    for context in levels() {
+        let want = operations(&context, clean.view(), &ids, &constants);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = Tensor::from_slice(clean.as_slice::<f32>(), rows, COLS);
+            // The first of a row's last vector, which is cut off, and of both halves' in a gated operation.
+            x.as_mut_slice::<f32>()[2 * COLS + 992] = bad;
+            for ((name, got), (_, want)) in
+                operations(&context, x.view(), &ids, &constants).into_iter().zip(&want)
+            {
+                let cols = got.len() / rows;
+                let what = format!("{name}, {bad}, {}", context.device_name());
+                assert_same_bits(&got[..2 * cols], &want[..2 * cols], &what);
+                assert_same_bits(&got[3 * cols..], &want[3 * cols..], &what);
+                let row = &got[2 * cols..3 * cols];
+                match name {
+                    "embedding" | "gather_rows" => assert_same_bits(row, &want[2 * cols..3 * cols], &what),
+                    // Of what is less than nothing, nothing is left, and of NaN what an activation makes of it.
+                    "activate" if bad < 0.0 => {
+                        assert!(row[992] <= 0.0 || row[992].is_nan(), "{what}: {}", row[992]);
+                    }
+                    _ => assert!(row.iter().any(|value| !value.is_finite()), "{what}"),
+                }
+            }
         }
     }
 }

@@ -24,8 +24,14 @@ pub(crate) fn tensor(rng: &mut StdRng, rows: usize, cols: usize, dtype: DType) -
 
 /// Single-threaded contexts for the instruction sets of this machine.
 pub(crate) fn levels() -> Vec<Context> {
+    contexts(&[1]).into_iter().flatten().collect()
+}
+
+/// For each instruction set of this machine, contexts of so many threads.
+pub(crate) fn contexts(threads: &[usize]) -> Vec<Vec<Context>> {
     let available = Level::ALL.into_iter().filter(|level| level.is_available());
-    available.map(|level| Context::cpu_with_level(1, level)).collect()
+    let of_level = |level| threads.iter().map(|&n| Context::cpu_with_level(n, level)).collect();
+    available.map(of_level).collect()
 }
 
 /// Fails with the place of the worst difference unless all are within `tolerance`, absolute.
