@@ -3,18 +3,18 @@
 #![expect(unsafe_code, reason = "an allocator that counts is an unsafe trait")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kernels::Context;
 use kernels::collective::Local;
+use kernels::{Context, Level};
 use proto::v1::{
     NewSequence, SamplingParameters, ScheduledSequence, StepRequest, StoppingParameters, WarmupRequest,
 };
-use shard::LoraAdapter;
 use shard::decoder::{ForwardInput, KvCache, SamplingInput, StepLimits};
 use shard::engine::{Engine, Origin};
 use shard::models::{self, LoadOptions, Model};
+use shard::{Dtype, LoraAdapter, Quantization};
 
 struct Counting;
 
@@ -47,9 +47,11 @@ const NUM_SEQUENCES: usize = 3;
 const MAX_LEN: usize = 128;
 const BLOCK_SIZE: usize = 32;
 
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name)
+}
+
 fn model(context: &Context) -> Model {
-    let golden =
-        |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/goldens").join(name);
     let adapter = |name: &str| LoraAdapter { name: name.to_owned(), path: golden("llama_lora").join(name) };
     let adapters = ["tone", "form"].map(adapter);
     models::load_with_adapters(context, &golden("llama"), LoadOptions::default(), &adapters)
@@ -59,13 +61,28 @@ fn model(context: &Context) -> Model {
 /// One test, because tests of one executable run side by side.
 #[test]
 fn a_decode_step_allocates_nothing_but_its_answer() {
-    forward_and_logits_allocate_nothing();
+    for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
+        let context = Context::cpu_with_level(2, level);
+        // One without an adapter, and one of each.
+        forward_and_logits_allocate_nothing(&context, model(&context), &[u32::MAX, 0, 1]);
+        // Heads of whole tiles, and all types of weights.
+        let as_stored = LoadOptions::default;
+        let bf16 = LoadOptions { dtype: Some(Dtype::Bfloat16), ..as_stored() };
+        for options in [
+            as_stored(),
+            LoadOptions { dtype: Some(Dtype::Float16), ..as_stored() },
+            bf16,
+            LoadOptions { quantize: Some(Quantization::Eetq), ..bf16 },
+        ] {
+            let model = models::load(&context, &golden("qwen3"), options).expect("a golden");
+            forward_and_logits_allocate_nothing(&context, model, &[u32::MAX; NUM_SEQUENCES]);
+        }
+    }
     a_step_allocates_its_messages_only();
 }
 
-fn forward_and_logits_allocate_nothing() {
-    let context = Context::cpu(2);
-    let mut model = model(&context);
+/// `adapters`: of each sequence.
+fn forward_and_logits_allocate_nothing(context: &Context, mut model: Model, adapters: &[u32]) {
     let limits = StepLimits {
         max_step_tokens: 64,
         max_step_sequences: NUM_SEQUENCES,
@@ -73,17 +90,18 @@ fn forward_and_logits_allocate_nothing() {
         max_position: MAX_LEN,
         block_size: BLOCK_SIZE,
     };
-    model.decoder.prepare(&context, limits).expect("memory");
+    model.decoder.prepare(context, limits).expect("memory");
     let blocks = MAX_LEN / BLOCK_SIZE;
     let num_blocks = NUM_SEQUENCES * blocks;
     let mut cache =
-        KvCache::new(&context, &model.decoder, num_blocks, BLOCK_SIZE, model.kv_dtype).expect("memory");
-    let mut staging = ForwardInput::staging(&context, &limits).expect("memory");
-    let inputs: Vec<ForwardInput> = (0..MAX_LEN).map(|position| decode_rows(position, blocks)).collect();
+        KvCache::new(context, &model.decoder, num_blocks, BLOCK_SIZE, model.kv_dtype).expect("memory");
+    let mut staging = ForwardInput::staging(context, &limits).expect("memory");
+    let inputs: Vec<ForwardInput> =
+        (0..MAX_LEN).map(|position| decode_rows(position, blocks, adapters)).collect();
     let mut compute = |input: &ForwardInput| {
-        let step = input.send(&context, &mut staging).expect("it fits the limits");
-        model.decoder.forward(&context, &mut Local, &step, &mut cache).expect("shapes fit");
-        model.decoder.logits(&context, &mut Local, step.logit_rows).expect("shapes fit");
+        let step = input.send(context, &mut staging).expect("it fits the limits");
+        model.decoder.forward(context, &mut Local, &step, &mut cache).expect("shapes fit");
+        model.decoder.logits(context, &mut Local, step.logit_rows).expect("shapes fit");
     };
     // Each thread has its working memory after a step with the longest sequence.
     let (last, others) = inputs.split_last().expect("positions");
@@ -91,11 +109,11 @@ fn forward_and_logits_allocate_nothing() {
     compute(last);
     // On a busy machine a thread may have had no task until now: what a step allocates, it allocates each time.
     let mut pass = || allocations(|| others.iter().for_each(&mut compute));
-    assert_eq!((0..5).map(|_| pass()).min(), Some(0));
+    assert_eq!((0..5).map(|_| pass()).min(), Some(0), "{}, {:?}", context.device_name(), model.dtype);
 }
 
 /// A row of each sequence at one position.
-fn decode_rows(position: usize, blocks: usize) -> ForwardInput {
+fn decode_rows(position: usize, blocks: usize, adapters: &[u32]) -> ForwardInput {
     let block_of = |sequence: usize, index: usize| (sequence * blocks + index) as u32;
     let slot = |sequence: usize| {
         block_of(sequence, position / BLOCK_SIZE) * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
@@ -110,8 +128,7 @@ fn decode_rows(position: usize, blocks: usize) -> ForwardInput {
         table_rows: vec![],
         max_blocks: blocks,
         logit_rows: (0..NUM_SEQUENCES as u32).collect(),
-        // One without an adapter, and one of each.
-        adapters: vec![u32::MAX, 0, 1],
+        adapters: adapters.to_vec(),
         sampling: SamplingInput::default(),
     }
 }
