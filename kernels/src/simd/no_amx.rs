@@ -14,7 +14,7 @@ impl Amx {
     }
 
     pub(crate) fn shape(self, _rows: usize, _columns: usize) -> Shaped {
-        match self {}
+        Shaped(self)
     }
 
     pub(crate) fn multiply_registers(self, _repeats: usize) -> usize {
@@ -22,7 +22,8 @@ impl Amx {
     }
 }
 
-pub(crate) enum Shaped {}
+/// Its field is hidden, so that the compiler does not warn of what others do with it, which is never reached.
+pub(crate) struct Shaped(Amx);
 
 #[derive(Clone, Copy)]
 pub(crate) struct Left {
@@ -51,7 +52,7 @@ impl Ahead {
 
 impl Shaped {
     pub(crate) fn reshape(&mut self, _rows: usize, _columns: usize) {
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) unsafe fn row<const RIGHT: usize>(
@@ -62,21 +63,21 @@ impl Shaped {
         sums: Sums,
     ) {
         let _ = (left.first, left.stride, left.step, right, steps, sums.first, sums.stride, sums.carries_on);
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) fn zero(&mut self) {
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) unsafe fn add<const RIGHT: usize>(&mut self, left: *const u8, right: *const u8) {
         let _ = (left, right);
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) unsafe fn store<const RIGHT: usize>(&mut self, first: *mut f32, stride: usize) {
         let _ = (first, stride);
-        match *self {}
+        match self.0 {}
     }
 
     pub(crate) unsafe fn square<const RIGHT: usize>(
@@ -89,6 +90,6 @@ impl Shaped {
         ahead: Ahead,
     ) {
         let _ = (left, lower, right, steps, sums, ahead.soon, ahead.later);
-        match *self {}
+        match self.0 {}
     }
 }
