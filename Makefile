@@ -20,7 +20,7 @@ VENV := target/clients-venv
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_ROOT ?= /usr/aarch64-linux-gnu
 
-.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-grammar bench-scheduler check-asan check-memory fuzz test-gpu-check gpu-check soak toolchain
+.PHONY: help run build test test-aarch64 cuda-toolkit build-cuda check-cuda cuda-on-cpu test-cuda lint format ci bench bench-peers bench-kernels bench-serving bench-shard bench-grammar bench-scheduler test-tiles check-asan check-memory fuzz test-gpu-check gpu-check soak toolchain
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -113,6 +113,12 @@ bench-grammar: build ## Measure the server with and without grammars, and their 
 
 bench-scheduler: toolchain ## Measure the scheduler in virtual time, and the router alone (parts: ARGS="simulation queue router")
 	$(CARGO) bench --profile release --locked --workspace --bench scheduler -- $(ARGS)
+
+# Where a CPU has AVX-512 with products of bf16 but no tiles; a build of its own, since kernels are compiled for it.
+test-tiles: toolchain ## Test what multiplies tiles (Intel AMX) where the CPU has none: with the instructions in plain Rust
+	LAMPLIGHTER_EMULATED_TILES=1 CARGO_TARGET_DIR=$(TARGET)/emulated-tiles \
+	  $(CARGO) test $(CARGO_FLAGS) --package kernels --no-fail-fast \
+	  --test shapes --test linear --test attention --test guard_pages --test lora
 
 # What watches memory is compiled into a build of its own (minutes, once). The stable compiler has it, but lets only its own
 # project switch it on (RUSTC_BOOTSTRAP); it needs no other tool. With debug assertions and overflow checks in the kernels.

@@ -1,3 +1,6 @@
+//! With `LAMPLIGHTER_EMULATED_TILES=1`, products of tiles are plain Rust: for tests of what uses them where the CPU has none, and for
+//! sanitizers, which do not see assembly.
+//!
 //! With the feature `cuda`, compiles each `cuda/*.cu` to a fatbin, and writes the table that `src/cuda/device.rs` embeds.
 //!
 //! Compiled code is kept in cargo's folder under a hash of everything that it was made from, so that a change in one file
@@ -27,6 +30,11 @@ const NVCC_VARIABLES: [&str; 3] = ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APP
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(emulated_tiles)");
+    println!("cargo::rerun-if-env-changed=LAMPLIGHTER_EMULATED_TILES");
+    if env::var_os("LAMPLIGHTER_EMULATED_TILES").is_some_and(|value| value == "1") {
+        println!("cargo::rustc-cfg=emulated_tiles");
+    }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }

@@ -8,7 +8,8 @@
     reason = "a kernel must be inlined into the function that enables its instructions"
 )]
 
-#[cfg_attr(not(target_arch = "x86_64"), path = "no_amx.rs")]
+#[cfg_attr(all(not(emulated_tiles), not(target_arch = "x86_64")), path = "no_amx.rs")]
+#[cfg_attr(emulated_tiles, path = "amx_emulated.rs")]
 pub(crate) mod amx;
 mod math;
 #[cfg(target_arch = "aarch64")]
