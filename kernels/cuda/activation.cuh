@@ -15,9 +15,10 @@ __device__ __forceinline__ float activated(Activation activation, float x) {
     case Activation::GeluTanh:
       return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
     case Activation::Relu:
-      return fmaxf(x, 0.0f);
+      // Unlike the greater of both, what is not a number stays so.
+      return x < 0.0f ? 0.0f : x;
     default: {
-      const float positive = fmaxf(x, 0.0f);
+      const float positive = x < 0.0f ? 0.0f : x;
       return positive * positive;
     }
   }
