@@ -1,6 +1,8 @@
-// From logits to tokens, each row by its own parameters. Two kernels: the first, with several blocks for each row, changes
-// the logits (bias, penalties, grammar) and sums them up by chunks; the second, with a block for each row, truncates and
-// chooses. The second looks again only at groups of logits that have candidates.
+// From logits to tokens, each row by its own parameters. Three kernels: the first, with several blocks for each row, changes the
+// logits (bias, penalties, grammar) and sums them up by chunks; the second counts pieces of a row as its first truncation asks,
+// where that looks at all of it; the third, with a block for each row, truncates and chooses. One multiprocessor alone takes 5
+// to 15 us to look at 128k logits, so the third looks again only at groups of logits that have candidates, and where it draws
+// from many, at one piece.
 #include "best.cuh"
 #include "sampling.cuh"
 
@@ -172,29 +174,50 @@ KERNEL(sampling_scan, 256)
 }
 EXPORT(sampling_scan)
 
-// --- The second kernel ------------------------------------------------------------------------------------------------
+// --- The second and the third kernel ----------------------------------------------------------------------------------
 
 constexpr unsigned MAX_BINS = 2048;
 // Candidates that are gathered to look at them more closely; where there are more, the row is read again.
 constexpr unsigned MAX_GATHERED = 2048;
 
+// Pieces of a row, at most: what the third kernel adds up.
+constexpr unsigned MAX_PIECES = 8;
+
+// A histogram of 64-bit sums, in two halves because shared memory adds 32 bits at once.
+struct Bins {
+  uint32_t low[MAX_BINS], high[MAX_BINS];
+
+  __device__ __forceinline__ void add(unsigned bin, u64 weight) {
+    if (weight == 0) return;
+    const uint32_t half = static_cast<uint32_t>(weight);
+    const uint32_t old = atomicAdd(&low[bin], half);
+    const uint32_t carried = static_cast<uint32_t>(weight >> 32) + (old + half < old ? 1 : 0);
+    if (carried != 0) atomicAdd(&high[bin], carried);
+  }
+  __device__ __forceinline__ void set(unsigned bin, u64 sum) {
+    low[bin] = static_cast<uint32_t>(sum);
+    high[bin] = static_cast<uint32_t>(sum >> 32);
+  }
+  __device__ __forceinline__ u64 of(unsigned bin) const { return static_cast<u64>(high[bin]) << 32 | low[bin]; }
+};
+
 struct Shared {
-  // A histogram; 64-bit sums in two halves, because shared memory adds 32 bits at once.
-  uint32_t counts[MAX_BINS], low[MAX_BINS], high[MAX_BINS];
+  uint32_t counts[MAX_BINS];
+  Bins weights;
   uint32_t keys[MAX_GATHERED], ids[MAX_GATHERED];
   unsigned num_gathered;
   u64 of_warps[WARP];
+  // Of what is kept, the weight of each piece, where that is known.
+  u64 of_pieces[MAX_PIECES];
   // What one thread tells the others.
   uint32_t bin, ties, token;
   u64 before;
 };
 
-__device__ __forceinline__ void add_weight(Shared& shared, unsigned bin, u64 weight) {
-  if (weight == 0) return;
-  const uint32_t low = static_cast<uint32_t>(weight);
-  const uint32_t old = atomicAdd(&shared.low[bin], low);
-  const uint32_t high = static_cast<uint32_t>(weight >> 32) + (old + low < old ? 1 : 0);
-  if (high != 0) atomicAdd(&shared.high[bin], high);
+__device__ __forceinline__ u64 warp_sum_u64(u64 x) {
+#pragma unroll
+  for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  return x;
 }
 
 // Sum of what lower threads of the block have, and of all. All threads call it.
@@ -316,7 +339,7 @@ template <Sum SUM, class Target>
 __device__ bool find_bin(Shared& shared, unsigned num_bins, Target target, u64& left) {
   const unsigned per_thread = num_bins / blockDim.x > 0 ? num_bins / blockDim.x : 1, first = threadIdx.x * per_thread;
   const auto sum_of = [&](unsigned bin) -> u64 {
-    return SUM == Sum::Counts ? shared.counts[bin] : static_cast<u64>(shared.high[bin]) << 32 | shared.low[bin];
+    return SUM == Sum::Counts ? shared.counts[bin] : shared.weights.of(bin);
   };
   u64 own = 0;
   for (unsigned bin = first; bin < first + per_thread && bin < num_bins; ++bin) own += sum_of(bin);
@@ -336,31 +359,64 @@ __device__ bool find_bin(Shared& shared, unsigned num_bins, Target target, u64& 
   return true;
 }
 
-// Three passes of a radix sort that only follows the bin in question. All threads of the block call it.
+// Of a radix sort by key, from the highest bits on.
+constexpr unsigned NUM_LEVELS = 3;
+__device__ __forceinline__ unsigned level_shift(unsigned level) { return level == 0 ? 21 : level == 1 ? 10 : 0; }
+__device__ __forceinline__ unsigned level_bins(unsigned level) { return level == 2 ? 1024 : MAX_BINS; }
+
+__device__ __forceinline__ void clear_bins(Shared& shared, unsigned num_bins) {
+  for (unsigned bin = threadIdx.x; bin < num_bins; bin += blockDim.x) {
+    shared.counts[bin] = 0;
+    shared.weights.set(bin, 0);
+  }
+  __syncthreads();
+}
+
+// What the second kernel has found.
+struct Pieces {
+  unsigned num;
+  unsigned len;       // of each but the last, in logits
+  const u64* bins;    // [num][MAX_BINS]: counts or weights of the first level; null where nothing is truncated by them
+  const u64* sums;    // [num]: weights of all; null where bins are there, or nothing
+};
+
+// The first level of a whole row: what all pieces have.
+template <Sum SUM> __device__ void add_pieces(Shared& shared, const Pieces& pieces) {
+  for (unsigned bin = threadIdx.x; bin < MAX_BINS; bin += blockDim.x) {
+    u64 sum = 0;
+    for (unsigned piece = 0; piece < pieces.num; ++piece) sum += pieces.bins[piece * MAX_BINS + bin];
+    // Of weights, how many they are is counted at the last level only.
+    shared.counts[bin] = SUM == Sum::Counts ? static_cast<uint32_t>(sum) : 0;
+    shared.weights.set(bin, sum);
+  }
+}
+
+// Three passes of a radix sort that only follows the bin in question; where `pieces` has bins, the first pass is done. All
+// threads of the block call it.
 template <Sum SUM, class Order, class Target>
-__device__ Reached reach(Shared& shared, const Order& order, Target target) {
-  constexpr unsigned SHIFTS[3] = {21, 10, 0}, BINS[3] = {2048, 2048, 1024};
+__device__ Reached reach(Shared& shared, const Order& order, Target target, const Pieces& pieces) {
   uint32_t prefix = 0;
   u64 left = 0;
   bool gathered = false;
 #pragma unroll 1
-  for (int level = 0; level < 3; ++level) {
-    const unsigned shift = SHIFTS[level], num_bins = BINS[level];
-    for (unsigned bin = threadIdx.x; bin < num_bins; bin += blockDim.x) {
-      shared.counts[bin] = shared.low[bin] = shared.high[bin] = 0;
-    }
-    __syncthreads();
+  for (unsigned level = 0; level < NUM_LEVELS; ++level) {
+    const unsigned shift = level_shift(level), num_bins = level_bins(level), above = level_shift(level - 1);
     const auto count = [&](uint32_t key, uint32_t id) {
-      if (level > 0 && key >> SHIFTS[level - 1] != prefix) return;
+      if (level > 0 && key >> above != prefix) return;
       const unsigned bin = (key >> shift) % num_bins;
       // Of weights, the number of ties is all that counts are for.
       if (SUM == Sum::Counts || level == 2) atomicAdd(&shared.counts[bin], 1u);
-      if (SUM == Sum::Weights) add_weight(shared, bin, order.weight(key, id));
+      if (SUM == Sum::Weights) shared.weights.add(bin, order.weight(key, id));
     };
-    if (gathered) {
-      for (unsigned i = threadIdx.x; i < shared.num_gathered; i += blockDim.x) count(shared.keys[i], shared.ids[i]);
+    if (level == 0 && pieces.bins != nullptr) {
+      add_pieces<SUM>(shared, pieces);
     } else {
-      order.each(level > 0 ? (prefix << SHIFTS[level - 1]) + ((1u << SHIFTS[level - 1]) - 1) : NONE, count);
+      clear_bins(shared, num_bins);
+      if (gathered) {
+        for (unsigned i = threadIdx.x; i < shared.num_gathered; i += blockDim.x) count(shared.keys[i], shared.ids[i]);
+      } else {
+        order.each(level > 0 ? (prefix << above) + ((1u << above) - 1) : NONE, count);
+      }
     }
     __syncthreads();
     const u64 still = left;
@@ -389,15 +445,26 @@ __device__ Reached reach(Shared& shared, const Order& order, Target target) {
   return Reached{false, 0, 0, 0};
 }
 
-// The shortest prefix whose sum reaches the target; `all` where there is none.
+// The shortest prefix whose sum reaches the target; `all` where there is none. `gathered`: whether the candidates of the bin
+// in which it ends are in shared memory.
+template <Sum SUM, class Order, class Target>
+__device__ Prefix shortest(Shared& shared, const Order& order, Prefix all, Target target, const Pieces& pieces,
+                           bool& gathered) {
+  gathered = false;
+  const Reached reached = reach<SUM>(shared, order, target, pieces);
+  if (!reached.reached) return all;
+  if (reached.ties == 1 || (SUM == Sum::Counts && reached.left >= reached.ties)) {
+    gathered = SUM == Sum::Weights && shared.num_gathered <= MAX_GATHERED;
+    return Prefix{reached.key, NONE};
+  }
+  const TiesById<Order> ties{order, reached.key};
+  const Reached last = reach<SUM>(shared, ties, [&](u64) { return reached.left; }, Pieces{});
+  return Prefix{reached.key, last.reached ? last.key >> ID_SHIFT : NONE};
+}
 template <Sum SUM, class Order, class Target>
 __device__ Prefix shortest(Shared& shared, const Order& order, Prefix all, Target target) {
-  const Reached reached = reach<SUM>(shared, order, target);
-  if (!reached.reached) return all;
-  if (reached.ties == 1 || (SUM == Sum::Counts && reached.left >= reached.ties)) return Prefix{reached.key, NONE};
-  const TiesById<Order> ties{order, reached.key};
-  const Reached last = reach<SUM>(shared, ties, [&](u64) { return reached.left; });
-  return Prefix{reached.key, last.reached ? last.key >> ID_SHIFT : NONE};
+  bool gathered;
+  return shortest<SUM>(shared, order, all, target, Pieces{}, gathered);
 }
 
 // A share of a sum of weights, rounded up.
@@ -406,12 +473,16 @@ struct Share {
   __device__ u64 operator()(u64 total) const { return static_cast<u64>(ceil(static_cast<double>(share) * total)); }
 };
 
+// All that have a weight.
+__device__ __forceinline__ Prefix everything() { return Prefix{FAR_KEY - 1, NONE}; }
+
 // What truncations leave.
 struct Kept {
   Prefix likely;
   bool is_typical;
   Prefix typical;  // by distance from the center
   uint32_t center;
+  bool knows_pieces;  // `Shared::of_pieces` are of what is kept
 
   __device__ __forceinline__ bool has(uint32_t key, uint32_t id) const {
     if (!likely.has(key, id)) return false;
@@ -445,18 +516,85 @@ __device__ uint32_t mean_key(Shared& shared, const Row& row, Prefix kept) {
   return static_cast<uint32_t>(products / weights);
 }
 
-__device__ Kept truncated(Shared& shared, const Row& row, const SamplingRow& parameters) {
-  const Prefix all{FAR_KEY - 1, NONE};
-  Kept kept{all, false, all, 0};
-  if (parameters.top_k > 0 && parameters.top_k < row.logits.vocab) {
+// Of a prefix whose last bin is gathered, the weight of each piece.
+__device__ void weigh_pieces(Shared& shared, const Pieces& pieces, Prefix prefix) {
+  const unsigned num_bins = prefix.last_key >> level_shift(0);
+  for (unsigned piece = 0; piece < pieces.num; ++piece) {
+    u64 sum = 0;
+    for (unsigned bin = threadIdx.x; bin < num_bins; bin += blockDim.x) sum += pieces.bins[piece * MAX_BINS + bin];
+    for (unsigned i = threadIdx.x; i < shared.num_gathered; i += blockDim.x) {
+      const uint32_t key = shared.keys[i], id = shared.ids[i];
+      if (id / pieces.len == piece && prefix.has(key, id)) sum += weight_of_key(key);
+    }
+    const u64 total = block_scan(shared, sum).total;
+    if (threadIdx.x == 0) shared.of_pieces[piece] = total;
+  }
+  __syncthreads();
+}
+
+// The first `k` candidates are not behind the first `k` maxima of groups, which are fewer to count. Returns the end of the bin
+// of the last of these.
+__device__ Prefix bound_by_groups(Shared& shared, const Row& row, unsigned k) {
+  const unsigned num_groups = (row.logits.vocab + GROUP - 1) / GROUP;
+  clear_bins(shared, MAX_BINS);
+  for (unsigned group = threadIdx.x; group < num_groups; group += blockDim.x) {
+    const uint32_t key = row.key(row.group_maxima[group]);
+    if (key <= everything().last_key) atomicAdd(&shared.counts[key >> level_shift(0)], 1u);
+  }
+  __syncthreads();
+  u64 left;
+  if (!find_bin<Sum::Counts>(shared, MAX_BINS, [&](u64) { return static_cast<u64>(k); }, left)) return everything();
+  const Prefix bound{(shared.bin << level_shift(0)) + ((1u << level_shift(0)) - 1), NONE};
+  // Before the histogram is cleared, all have read `bin`.
+  __syncthreads();
+  return bound.last_key < everything().last_key ? bound : everything();
+}
+
+// More are counted by the second kernel.
+constexpr unsigned MOST_BY_GROUPS = 1024;
+
+// What the pieces of a row are counted for.
+enum class Counting { Nothing, Counts, Weights, Sum };
+
+__device__ Counting counting(const SamplingRow& row, unsigned vocab) {
+  if (row.token != NONE || row.temperature == 0.0f) return Counting::Nothing;
+  if (row.top_k > 0 && row.top_k < vocab) return row.top_k > MOST_BY_GROUPS ? Counting::Counts : Counting::Nothing;
+  if (row.top_p < 1.0f) return Counting::Weights;
+  // The third kernel looks at all for that anyway.
+  return row.typical_p < 1.0f ? Counting::Nothing : Counting::Sum;
+}
+
+// What is kept where nothing but `min_p` truncates.
+__device__ __forceinline__ Prefix without_unlikely(Prefix kept, const SamplingRow& parameters) {
+  return parameters.min_p_key < kept.last_key ? Prefix{parameters.min_p_key, NONE} : kept;
+}
+
+__device__ Kept truncated(Shared& shared, const Row& row, const SamplingRow& parameters, const Pieces& pieces) {
+  const Prefix all = everything();
+  Kept kept{all, false, all, 0, false};
+  bool gathered = false;
+  const bool has_top_k = parameters.top_k > 0 && parameters.top_k < row.logits.vocab;
+  if (has_top_k) {
     const unsigned k = parameters.top_k;
-    kept.likely = shortest<Sum::Counts>(shared, ByLikelihood{row, all}, all, [&](u64) { return static_cast<u64>(k); });
+    const Prefix among = k > MOST_BY_GROUPS ? all : bound_by_groups(shared, row, k);
+    kept.likely = shortest<Sum::Counts>(shared, ByLikelihood{row, among}, all, [&](u64) { return static_cast<u64>(k); },
+                                        pieces, gathered);
   }
   if (parameters.top_p < 1.0f) {
-    kept.likely = shortest<Sum::Weights>(shared, ByLikelihood{row, kept.likely}, kept.likely, Share{parameters.top_p});
+    kept.likely = shortest<Sum::Weights>(shared, ByLikelihood{row, kept.likely}, kept.likely, Share{parameters.top_p},
+                                         has_top_k ? Pieces{} : pieces, gathered);
+    if (gathered && !has_top_k && parameters.min_p_key >= kept.likely.last_key) {
+      weigh_pieces(shared, pieces, kept.likely);
+      kept.knows_pieces = true;
+    }
+  } else if (pieces.sums != nullptr) {
+    if (threadIdx.x < pieces.num) shared.of_pieces[threadIdx.x] = pieces.sums[threadIdx.x];
+    __syncthreads();
+    kept.knows_pieces = true;
   }
-  if (parameters.min_p_key < kept.likely.last_key) kept.likely = Prefix{parameters.min_p_key, NONE};
+  kept.likely = without_unlikely(kept.likely, parameters);
   if (parameters.typical_p < 1.0f) {
+    kept.knows_pieces = false;
     kept.center = mean_key(shared, row, kept.likely);
     const ByTypicality order{row, kept.likely, kept.center};
     kept.typical = shortest<Sum::Weights>(shared, order, Prefix{NONE, NONE}, Share{parameters.typical_p});
@@ -465,28 +603,44 @@ __device__ Kept truncated(Shared& shared, const Row& row, const SamplingRow& par
   return kept;
 }
 
+// The place within a sum that a number in [0, 1) points to.
+__device__ __forceinline__ u64 threshold_of(double number, u64 total) {
+  return min(static_cast<u64>(number * static_cast<double>(total)), total - 1);
+}
+
 // Inverts the cumulative distribution of the kept candidates in order of id. All threads get the token.
-__device__ uint32_t drawn(Shared& shared, const Row& row, const Kept& kept, double number) {
+__device__ uint32_t drawn(Shared& shared, const Row& row, const Kept& kept, double number, const Pieces& pieces) {
+  // First of all the piece, where their weights are known.
+  unsigned begin = 0, end = row.logits.vocab;
+  u64 left = 0;
+  if (kept.knows_pieces) {
+    u64 total = 0;
+    for (unsigned piece = 0; piece < pieces.num; ++piece) total += shared.of_pieces[piece];
+    left = threshold_of(number, total);
+    unsigned piece = 0;
+    while (shared.of_pieces[piece] <= left) left -= shared.of_pieces[piece++];
+    begin = piece * pieces.len;
+    end = min(begin + pieces.len, end);
+  }
   // Each warp sums up neighbouring ids; then the whole block looks at those of one warp.
-  const unsigned vocab = row.logits.vocab, num_warps = blockDim.x / WARP, fours = WARP * 4;
-  const unsigned span = (vocab + num_warps * fours - 1) / (num_warps * fours) * fours;
-  const unsigned first = min(warp_id() * span, vocab), last = min(first + span, vocab);
+  const unsigned num_warps = blockDim.x / WARP, fours = WARP * 4;
+  const unsigned span = (end - begin + num_warps * fours - 1) / (num_warps * fours) * fours;
+  const unsigned first = min(begin + warp_id() * span, end), last = min(first + span, end);
   u64 sum = 0;
   row.each(first, last, lane_id(), WARP, kept.likely.last_key, [&](uint32_t key, uint32_t id) {
     if (kept.has(key, id)) sum += weight_of_key(key);
   });
-#pragma unroll
-  for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+  sum = warp_sum_u64(sum);
   // Lane 0 speaks for its warp.
   const Scanned of_warp = block_scan(shared, lane_id() == 0 ? sum : 0);
-  const u64 threshold = min(static_cast<u64>(number * static_cast<double>(of_warp.total)), of_warp.total - 1);
+  const u64 threshold = kept.knows_pieces ? left : threshold_of(number, of_warp.total);
   if (lane_id() == 0 && of_warp.before <= threshold && threshold < of_warp.before + sum) {
     shared.bin = warp_id();
     shared.before = of_warp.before;
   }
   __syncthreads();
-  const unsigned chosen_first = shared.bin * span, chosen_last = min(chosen_first + span, vocab);
-  const u64 left = threshold - shared.before;
+  const unsigned chosen_first = begin + shared.bin * span, chosen_last = min(chosen_first + span, end);
+  left = threshold - shared.before;
   const unsigned per_thread = (span + blockDim.x - 1) / blockDim.x;
   const unsigned own_first = min(chosen_first + threadIdx.x * per_thread, chosen_last);
   const unsigned own_last = min(own_first + per_thread, chosen_last);
@@ -515,9 +669,11 @@ struct LogSoftmax {
 
 __device__ void write_top(Shared& shared, const Row& raw, unsigned top_n, const LogSoftmax& softmax, SampledRow& out) {
   const unsigned n = min(min(top_n, MAX_TOP_N), raw.logits.vocab);
-  const Prefix all{FAR_KEY, NONE};
+  const Prefix all{FAR_KEY, NONE}, bound = bound_by_groups(shared, raw, n);
+  // Where less than `n` have a weight, others are reported too.
+  const Prefix among = bound.last_key < everything().last_key ? bound : all;
   const Prefix top =
-      shortest<Sum::Counts>(shared, ByLikelihood{raw, all}, all, [&](u64) { return static_cast<u64>(n); });
+      shortest<Sum::Counts>(shared, ByLikelihood{raw, among}, all, [&](u64) { return static_cast<u64>(n); });
   if (threadIdx.x == 0) shared.num_gathered = 0;
   __syncthreads();
   raw.each(top.last_key, [&](uint32_t key, uint32_t id) {
@@ -535,30 +691,108 @@ __device__ void write_top(Shared& shared, const Row& raw, unsigned top_n, const 
   __syncthreads();
 }
 
-// A block of a power of two of threads for each row. The arrays are those of the first kernel.
+// What both kernels know of a row from the first one.
+__device__ ChunkSummary joined_chunks(const ChunkSummary* of_row, unsigned chunks) {
+  ChunkSummary all{-INFINITY, 0.0f, -INFINITY, NONE, 0};
+  Best best{-INFINITY, NONE};
+  // Each warp for itself: to wait for memory once is all that this costs.
+  for (unsigned chunk = lane_id(); chunk < chunks; chunk += WARP) {
+    const ChunkSummary one = of_row[chunk];
+    all.raw_max = fmaxf(all.raw_max, one.raw_max);
+    if (Best{one.max, one.argmax}.beats(best)) best = Best{one.max, one.argmax};
+    all.not_finite |= one.not_finite;
+  }
+  best = warp_best(best);
+  all.raw_max = warp_max(all.raw_max);
+  all.max = best.value;
+  all.argmax = best.index;
+  all.not_finite = __any_sync(ALL_LANES, all.not_finite != 0) ? 1 : 0;
+  return all;
+}
+
+// Of the first kernel, as both others get them.
+struct Scan {
+  const float* logits;
+  unsigned stride, vocab, chunks;
+  const float* changed;
+  const float* group_maxima;
+  const ChunkSummary* summaries;
+
+  __device__ ChunkSummary joined(size_t index) const { return joined_chunks(summaries + index * chunks, chunks); }
+  __device__ const float* raw(size_t index) const { return logits + index * stride; }
+  __device__ size_t groups() const { return static_cast<size_t>(chunks) * (CHUNK / GROUP); }
+  // What is chosen from.
+  __device__ Row row(size_t index, const SamplingRow& parameters, float max) const {
+    const float* from = changes_logits(parameters) ? changed + index * chunks * CHUNK : raw(index);
+    return Row{Logits{from, vocab}, group_maxima + index * groups(), max,
+               fminf(1.0f / parameters.temperature, 3.402823466e38f)};
+  }
+};
+
+constexpr unsigned COUNT_THREADS = 512;
+
+// The second kernel. Blocks: [pieces, rows]. `piece_bins`: [rows, pieces, MAX_BINS]; `piece_sums`: [rows, pieces]. The other
+// arrays are those of the first kernel.
+KERNEL(sampling_count, 512)
+(const float* logits, unsigned stride, unsigned vocab, unsigned chunks, unsigned piece_chunks, const SamplingRow* rows,
+ const float* changed, const float* group_maxima, const ChunkSummary* summaries, u64* piece_bins, u64* piece_sums) {
+  __shared__ Bins bins;
+  __shared__ u64 of_warps[COUNT_THREADS / WARP];
+  const size_t index = blockIdx.y, piece = index * gridDim.x + blockIdx.x;
+  const SamplingRow parameters = rows[index];
+  const Counting wanted = counting(parameters, vocab);
+  if (wanted == Counting::Nothing) return;
+  const Scan scan{logits, stride, vocab, chunks, changed, group_maxima, summaries};
+  const ChunkSummary all = scan.joined(index);
+  if (all.not_finite != 0 || all.max == -INFINITY) return;
+  const Row row = scan.row(index, parameters, all.max);
+  const unsigned first = blockIdx.x * piece_chunks * CHUNK, last = min(first + piece_chunks * CHUNK, vocab);
+  if (wanted == Counting::Sum) {
+    u64 own = 0;
+    row.each(first, last, threadIdx.x, COUNT_THREADS, without_unlikely(everything(), parameters).last_key,
+             [&](uint32_t key, uint32_t) { own += weight_of_key(key); });
+    own = warp_sum_u64(own);
+    if (lane_id() == 0) of_warps[warp_id()] = own;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      u64 sum = 0;
+      for (unsigned warp = 0; warp < COUNT_THREADS / WARP; ++warp) sum += of_warps[warp];
+      piece_sums[piece] = sum;
+    }
+    return;
+  }
+  for (unsigned bin = threadIdx.x; bin < MAX_BINS; bin += COUNT_THREADS) bins.low[bin] = bins.high[bin] = 0;
+  __syncthreads();
+  row.each(first, last, threadIdx.x, COUNT_THREADS, everything().last_key, [&](uint32_t key, uint32_t) {
+    const unsigned bin = key >> level_shift(0);
+    if (wanted == Counting::Counts) {
+      atomicAdd(&bins.low[bin], 1u);
+    } else {
+      bins.add(bin, weight_of_key(key));
+    }
+  });
+  __syncthreads();
+  for (unsigned bin = threadIdx.x; bin < MAX_BINS; bin += COUNT_THREADS) piece_bins[piece * MAX_BINS + bin] = bins.of(bin);
+}
+EXPORT(sampling_count)
+
+// The third kernel. A block of a power of two of threads for each row; the arrays are those of the other two.
 KERNEL(sampling_choose, 1024)
-(const float* logits, unsigned stride, unsigned vocab, unsigned chunks, const SamplingRow* rows, const float* changed,
- const float* group_maxima, const float* raw_group_maxima, const ChunkSummary* summaries, SampledRow* sampled) {
+(const float* logits, unsigned stride, unsigned vocab, unsigned chunks, unsigned num_pieces, unsigned piece_chunks,
+ const SamplingRow* rows, const float* changed, const float* group_maxima, const float* raw_group_maxima,
+ const ChunkSummary* summaries, const u64* piece_bins, const u64* piece_sums, SampledRow* sampled) {
   __shared__ Shared shared;
   const size_t index = blockIdx.x;
   const SamplingRow row = rows[index];
   SampledRow& out = sampled[index];
+  const Scan scan{logits, stride, vocab, chunks, changed, group_maxima, summaries};
   const bool is_unused = (row.flags & ROW_IS_UNUSED) != 0;
   ChunkSummary all{-INFINITY, 0.0f, -INFINITY, NONE, 0};
   double raw_sum = 0.0;
   if (!is_unused) {
-    const ChunkSummary* of_row = summaries + index * chunks;
-    for (unsigned chunk = 0; chunk < chunks; ++chunk) {
-      const ChunkSummary one = of_row[chunk];
-      all.raw_max = fmaxf(all.raw_max, one.raw_max);
-      if (Best{one.max, one.argmax}.beats(Best{all.max, all.argmax})) {
-        all.max = one.max;
-        all.argmax = one.argmax;
-      }
-      all.not_finite |= one.not_finite;
-    }
+    all = scan.joined(index);
     for (unsigned chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-      const ChunkSummary one = of_row[chunk];
+      const ChunkSummary one = summaries[index * chunks + chunk];
       if (one.raw_max > -INFINITY) raw_sum += one.raw_sum * expf(one.raw_max - all.raw_max);
     }
   }
@@ -573,20 +807,24 @@ KERNEL(sampling_choose, 1024)
     }
     return;
   }
-  const float* raw = logits + index * stride;
-  const size_t groups = static_cast<size_t>(chunks) * (CHUNK / GROUP);
-  const bool is_changed = changes_logits(row);
+  const float* raw = scan.raw(index);
   const LogSoftmax softmax{all.raw_max, log(block_sum_f64(shared, raw_sum))};
   uint32_t token = row.token;
   if (token == NONE && row.temperature == 0.0f) token = all.argmax;
   if (token == NONE) {
-    const Row from{Logits{is_changed ? changed + index * chunks * CHUNK : raw, vocab}, group_maxima + index * groups,
-                   all.max, fminf(1.0f / row.temperature, 3.402823466e38f)};
-    const Kept kept = truncated(shared, from, row);
-    token = drawn(shared, from, kept, uniform(row.seed, row.position));
+    const Row from = scan.row(index, row, all.max);
+    const Counting counted = counting(row, vocab);
+    Pieces pieces{num_pieces, piece_chunks * CHUNK, nullptr, nullptr};
+    if (counted == Counting::Sum) {
+      pieces.sums = piece_sums + index * num_pieces;
+    } else if (counted != Counting::Nothing) {
+      pieces.bins = piece_bins + index * num_pieces * MAX_BINS;
+    }
+    const Kept kept = truncated(shared, from, row, pieces);
+    token = drawn(shared, from, kept, uniform(row.seed, row.position), pieces);
   }
   if (row.top_n > 0) {
-    const float* maxima = (is_changed ? raw_group_maxima : group_maxima) + index * groups;
+    const float* maxima = (changes_logits(row) ? raw_group_maxima : group_maxima) + index * scan.groups();
     write_top(shared, Row{Logits{raw, vocab}, maxima, all.raw_max, 1.0f}, row.top_n, softmax, out);
   } else if (threadIdx.x == 0) {
     out.num_top = 0;

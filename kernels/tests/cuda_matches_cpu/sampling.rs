@@ -160,6 +160,64 @@ fn each_truncation_alone_keeps_what_the_plain_definition_keeps_however_flat_the_
 }
 
 #[test]
+fn a_vocabulary_that_several_blocks_count_gives_the_tokens_of_the_plain_definition() {
+    let mut fixture = Fixture::new(68);
+    let plain = SamplingRow::default();
+    // Five pieces of two chunks, the last one not full.
+    let vocab_size = 37_003;
+    for spread in [0.5_f32, 9.0] {
+        let rows: Vec<SamplingRow> = [
+            plain,
+            SamplingRow { temperature: 1.7, min_p: 0.4, ..plain },
+            SamplingRow { top_p: 0.95, ..plain },
+            SamplingRow { top_p: 0.95, min_p: 0.5, ..plain },
+            SamplingRow { top_p: 0.6, typical_p: 0.8, ..plain },
+            SamplingRow { top_p: 0.02, temperature: 3.0, top_n: 20, ..plain },
+            SamplingRow { top_k: 50, top_p: 0.9, ..plain },
+            SamplingRow { top_k: 1024, ..plain },
+            SamplingRow { top_k: 1025, top_p: 0.9, ..plain },
+            SamplingRow { top_k: 30_000, ..plain },
+            SamplingRow { top_k: 30_000, top_p: 0.5, typical_p: 0.9, ..plain },
+            SamplingRow { typical_p: 0.7, ..plain },
+        ]
+        .into_iter()
+        .zip(0..)
+        .map(|(row, position)| SamplingRow { seed: 99, position, ..row })
+        .collect();
+        let logits: Vec<f32> =
+            (0..rows.len() * vocab_size).map(|_| fixture.random.random_range(-spread..spread)).collect();
+        let sampled = Case::new(&logits, vocab_size, &rows).check(&fixture, &format!("a spread of {spread}"));
+        // Not all from the first piece.
+        assert!(sampled.iter().any(|sampled| sampled.token_id > 16_384), "{sampled:?}");
+    }
+}
+
+#[test]
+fn equally_likely_tokens_of_several_pieces_are_kept_by_id_and_drawn_evenly() {
+    let fixture = Fixture::new(69);
+    let vocab_size = 20_000;
+    let rows: Vec<SamplingRow> = (0..20)
+        .flat_map(|position| {
+            let plain = SamplingRow { position, ..SamplingRow::default() };
+            // 15000 of them.
+            [plain, SamplingRow { top_p: 0.75, ..plain }, SamplingRow { top_k: 15_000, ..plain }]
+        })
+        .collect();
+    let logits = vec![-3.5; rows.len() * vocab_size];
+    let sampled = Case::new(&logits, vocab_size, &rows).check(&fixture, "equal logits");
+    for (row, sampled) in rows.iter().zip(&sampled) {
+        let is_truncated = row.top_k > 0 || row.top_p < 1.0;
+        let kept = if is_truncated { 15_000 } else { vocab_size };
+        assert!((sampled.token_id as usize) < kept, "{row:?}: {sampled:?}");
+    }
+    for third in 0..3_u32 {
+        let from = third * 5000;
+        let some = sampled.iter().any(|sampled| (from..from + 5000).contains(&sampled.token_id));
+        assert!(some, "none of 60 rows chose within {from} .. {}", from + 5000);
+    }
+}
+
+#[test]
 fn of_equally_likely_tokens_the_lower_ids_are_kept() {
     let fixture = Fixture::new(63);
     let plain = SamplingRow { top_n: MAX_TOP_N as u32, ..SamplingRow::default() };

@@ -9,9 +9,14 @@ use crate::{Context, DType, Result, Tensor, View, ViewMut};
 const CHUNK: usize = 4096;
 const GROUP: usize = 16;
 const SUMMARY_WORDS: usize = 5;
+const MAX_PIECES: usize = 8;
+const MAX_BINS: usize = 2048;
+/// Of a 64-bit sum.
+const SUM_WORDS: usize = 2;
 const SCAN_THREADS: u32 = 256;
+const COUNT_THREADS: u32 = 512;
 
-/// What the first kernel leaves for the second.
+/// What the first kernels leave for those behind.
 #[derive(Debug)]
 pub(super) struct Buffers {
     /// Logits with what changes them, of the rows that have it: `[max rows, chunks * CHUNK]`.
@@ -20,23 +25,46 @@ pub(super) struct Buffers {
     group_maxima: Tensor,
     raw_group_maxima: Tensor,
     summaries: Tensor,
+    /// What the second kernel leaves for the third: sums by bins of each piece, or its sum.
+    piece_bins: Tensor,
+    piece_sums: Tensor,
+}
+
+/// How the second kernel deals out a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pieces {
+    num: usize,
+    /// Of each but the last.
+    chunks: usize,
+}
+
+impl Pieces {
+    fn of(vocab_size: usize) -> Self {
+        let all = vocab_size.div_ceil(CHUNK);
+        let chunks = all.div_ceil(MAX_PIECES);
+        Self { num: all.div_ceil(chunks), chunks }
+    }
 }
 
 impl Buffers {
     pub(super) fn new(context: &Context, max_rows: usize, vocab_size: usize) -> Result<Self> {
         let chunks = vocab_size.div_ceil(CHUNK);
         let groups = chunks * (CHUNK / GROUP);
+        let pieces = Pieces::of(vocab_size).num;
         Ok(Self {
             changed: context.zeros(max_rows, chunks * CHUNK, DType::F32)?,
             group_maxima: context.zeros(max_rows, groups, DType::F32)?,
             raw_group_maxima: context.zeros(max_rows, groups, DType::F32)?,
             summaries: context.zeros(max_rows, chunks * SUMMARY_WORDS, DType::U32)?,
+            piece_bins: context.zeros(max_rows, pieces * MAX_BINS * SUM_WORDS, DType::U32)?,
+            piece_sums: context.zeros(max_rows, pieces * SUM_WORDS, DType::U32)?,
         })
     }
 
     pub(super) fn size_in_bytes(&self) -> usize {
-        let Self { changed, group_maxima, raw_group_maxima, summaries } = self;
-        [changed, group_maxima, raw_group_maxima, summaries].iter().map(|tensor| tensor.size_in_bytes()).sum()
+        let Self { changed, group_maxima, raw_group_maxima, summaries, piece_bins, piece_sums } = self;
+        let tensors = [changed, group_maxima, raw_group_maxima, summaries, piece_bins, piece_sums];
+        tensors.iter().map(|tensor| tensor.size_in_bytes()).sum()
     }
 }
 
@@ -82,16 +110,40 @@ pub(super) fn sample(
     // slots that are there, by the caller's promise.
     unsafe { kernel.launch(device, grid, &arguments)? };
 
+    let pieces = Pieces::of(vocab_size);
     let arguments = [
         logits.into(),
         (logits.row_stride as u32).into(),
         (vocab_size as u32).into(),
         chunks.into(),
+        (pieces.chunks as u32).into(),
+        parameters.into(),
+        buffers.changed.view().into(),
+        buffers.group_maxima.view().into(),
+        buffers.summaries.view().into(),
+        buffers.piece_bins.view_mut().into(),
+        buffers.piece_sums.view_mut().into(),
+    ];
+    let blocks = [pieces.num as u32, rows as u32, 1];
+    let kernel = device.kernel("sampling_count", &[])?;
+    let grid = Grid { blocks, threads: COUNT_THREADS, shared_bytes: 0 };
+    // SAFETY: the parameters of `sampling_count`; as above.
+    unsafe { kernel.launch(device, grid, &arguments)? };
+
+    let arguments = [
+        logits.into(),
+        (logits.row_stride as u32).into(),
+        (vocab_size as u32).into(),
+        chunks.into(),
+        (pieces.num as u32).into(),
+        (pieces.chunks as u32).into(),
         parameters.into(),
         buffers.changed.view().into(),
         buffers.group_maxima.view().into(),
         buffers.raw_group_maxima.view().into(),
         buffers.summaries.view().into(),
+        buffers.piece_bins.view().into(),
+        buffers.piece_sums.view().into(),
         out.into(),
     ];
     let grid = Grid { blocks: [rows as u32, 1, 1], threads: choosing_threads(vocab_size), shared_bytes: 0 };
@@ -179,4 +231,20 @@ fn require_packed(name: &str, view: View<'_>, shape: (usize, usize)) -> Result<(
     require("sample", view.rows() <= 1 || view.row_stride == view.cols(), || {
         format!("rows of {name} are {} words apart, expected {}", view.row_stride, view.cols())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_row_and_none_of_them_is_empty() {
+        for vocab_size in 1..300_000 {
+            let Pieces { num, chunks } = Pieces::of(vocab_size);
+            let len = chunks * CHUNK;
+            assert!(num <= MAX_PIECES && num * len >= vocab_size, "{vocab_size}");
+            assert!((num - 1) * len < vocab_size, "{vocab_size}");
+        }
+        assert_eq!(Pieces::of(128_256), Pieces { num: 8, chunks: 4 });
+    }
 }
