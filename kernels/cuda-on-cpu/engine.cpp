@@ -339,6 +339,12 @@ const Kernel* find_kernel(const char* name) {
   return found == kernels().end() ? nullptr : &found->second;
 }
 
+std::vector<const Kernel*> all_kernels() {
+  std::vector<const Kernel*> all;
+  for (const auto& named : kernels()) all.push_back(&named.second);
+  return all;
+}
+
 void catch_faults() {
   static const bool once = [] {
     struct sigaction action {};

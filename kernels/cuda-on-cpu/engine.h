@@ -34,6 +34,7 @@ struct Kernel {
 };
 void register_kernel(const Kernel& kernel);
 const Kernel* find_kernel(const char* name);
+std::vector<const Kernel*> all_kernels();
 
 struct Launch {
   const Kernel* kernel;

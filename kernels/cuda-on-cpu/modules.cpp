@@ -22,6 +22,12 @@ Function* find_function(void* handle) {
   return nullptr;
 }
 
+Function* function_of(Module& module, const Kernel& kernel) {
+  auto& slot = module.functions[kernel.name];
+  if (!slot) slot = std::make_unique<Function>(Function{&kernel, module.device, unsigned(STATIC_SHARED_BYTES)});
+  return slot.get();
+}
+
 CUresult refuse(const Function& function, CUresult error, const char* why, size_t asked, size_t limit) {
   fprintf(stderr, "cuda-on-cpu: kernel %s is not launched: %s (%zu, at most %zu)\n", function.kernel->name, why, asked, limit);
   return error;
@@ -113,10 +119,30 @@ CUDA_API CUresult cuModuleGetFunction(void** function, void* module, const char*
   if (!found) return CUDA_ERROR_INVALID_HANDLE;
   const Kernel* kernel = find_kernel(name);
   if (!kernel) return CUDA_ERROR_NOT_FOUND;
-  auto& slot = found->functions[name];
-  if (!slot) slot = std::make_unique<Function>(Function{kernel, found->device, unsigned(STATIC_SHARED_BYTES)});
-  *function = slot.get();
+  *function = function_of(*found, *kernel);
   return CUDA_SUCCESS;
+}
+CUDA_API CUresult cuModuleGetFunctionCount(unsigned* count, void* module) {
+  Lock lock(state);
+  if (!find_module(module)) return CUDA_ERROR_INVALID_HANDLE;
+  *count = unsigned(all_kernels().size());
+  return CUDA_SUCCESS;
+}
+CUDA_API CUresult cuModuleEnumerateFunctions(void** functions, unsigned count, void* module) {
+  Lock lock(state);
+  CUresult error;
+  if (!current_device(error)) return error;
+  Module* found = find_module(module);
+  if (!found) return CUDA_ERROR_INVALID_HANDLE;
+  const auto all = all_kernels();
+  for (unsigned i = 0; i < count && i < all.size(); i++) functions[i] = function_of(*found, *all[i]);
+  return CUDA_SUCCESS;
+}
+CUDA_API CUresult cuFuncLoad(void* function) {
+  Lock lock(state);
+  CUresult error = forbidden_in_capture();
+  if (error) return error;
+  return find_function(function) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 CUDA_API CUresult cuModuleGetLoadingMode(int* mode) {
   *mode = 1;  // at once

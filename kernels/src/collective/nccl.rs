@@ -56,6 +56,8 @@ impl NcclGroup {
             return Err(Error::Unavailable("NCCL joins GPUs, and this context computes on the CPU".into()));
         };
         let library = Nccl::get()?;
+        // A rank that finds no memory for code in the middle of a step would be missed by the others.
+        device.load_all_kernels()?;
         let mut meeting = place.join(rank, world_size, timeout)?;
         let mut words = [0_u32; 32];
         if rank == 0 {

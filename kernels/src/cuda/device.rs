@@ -26,6 +26,9 @@ mod modules {
 /// The oldest that the kernels are compiled for: asynchronous copies to shared memory, bf16 tensor cores.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 
+/// The first driver that loads a function when it is asked to: of CUDA 12.4.
+const LOADS_FUNCTIONS: i32 = 12_040;
+
 /// More dtypes than any kernel is named after.
 const MAX_DTYPES: usize = 4;
 type KernelKey = (&'static str, [Option<DType>; MAX_DTYPES]);
@@ -133,6 +136,32 @@ impl Device {
         let kernel = launch::find(&self.modules, op, dtypes, self.properties.shared_bytes as i32)?;
         found.insert(key, kernel);
         Ok(kernel)
+    }
+
+    /// Has the driver load the code of all kernels. Otherwise it loads that of each when it is first used, and may find no memory
+    /// for it then.
+    pub(crate) fn load_all_kernels(&self) -> Result<()> {
+        if driver_version()? < LOADS_FUNCTIONS {
+            return Ok(());
+        }
+        self.stream.bind()?;
+        for &module in &self.modules {
+            let mut count = 0;
+            // SAFETY: the module is loaded.
+            check("cuModuleGetFunctionCount", unsafe {
+                sys::cuModuleGetFunctionCount(&raw mut count, module)
+            })?;
+            let mut functions = vec![null_mut(); count as usize];
+            // SAFETY: as above, and there is room for as many as said.
+            check("cuModuleEnumerateFunctions", unsafe {
+                sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module)
+            })?;
+            for function in functions {
+                // SAFETY: of a loaded module.
+                check("cuFuncLoad", unsafe { sys::cuFuncLoad(function) })?;
+            }
+        }
+        Ok(())
     }
 
     /// A buffer of at least `size` bytes that the operations under this name share, with whatever the last one left there
@@ -251,9 +280,7 @@ pub(crate) fn num_devices() -> Result<usize> {
     if answer != sys::CUresult::CUDA_SUCCESS {
         return unavailable(format!("the NVIDIA driver finds no usable GPU: {}", describe(answer)));
     }
-    let (mut version, mut count) = (0, 0);
-    // SAFETY: the driver is initialized.
-    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
+    let version = driver_version()?;
     if version / 1000 < modules::TOOLKIT_VERSION / 1000 {
         return unavailable(format!(
             "the NVIDIA driver supports CUDA {}, the kernels of this executable need {}: update the driver",
@@ -261,9 +288,18 @@ pub(crate) fn num_devices() -> Result<usize> {
             decimal(modules::TOOLKIT_VERSION)
         ));
     }
-    // SAFETY: as above.
+    let mut count = 0;
+    // SAFETY: the driver is initialized.
     check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
     Ok(count as usize)
+}
+
+/// Of CUDA, as the driver counts. The driver's library is there.
+fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: room for the answer; it may be asked for at any time.
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
+    Ok(version)
 }
 
 fn find_device(ordinal: usize) -> Result<sys::CUdevice> {
