@@ -8,7 +8,7 @@ use kernels::ops::sampling::{
     MAX_TOP_N, NONE, Sampled, SampledStatus, SamplingBuffers, SamplingInput, SamplingRow, TokenCounts,
     commit_tokens, sample,
 };
-use kernels::{Communicator, Context, DType, Error, Graph, Readback, Result, Staging, Tensor, View};
+use kernels::{Communicator, Context, DType, Error, Frozen, Graph, Readback, Result, Staging, Tensor, View};
 use proto::v1::{NewSequence, SampledToken, SamplingParameters, TokenLogprob};
 
 use super::device_sampling::DeviceSampling;
@@ -120,6 +120,15 @@ impl DeviceState {
         self.is_settled = communicator.world_size() > 1;
     }
 
+    /// The same without a group: for tests of what steps do.
+    pub(super) fn settle_alone(&mut self) {
+        self.is_settled = true;
+    }
+
+    fn frozen<'a>(&self, context: &'a Context) -> Option<Frozen<'a>> {
+        self.is_settled.then(|| context.freeze())
+    }
+
     /// Bytes of device memory, without graphs.
     pub(super) fn size_in_bytes(&self) -> usize {
         let Steps { sampling, counts, last_tokens, ids, sampled, .. } = &self.steps;
@@ -144,6 +153,7 @@ impl DeviceState {
         sequence: &DeviceSampling,
         new: &NewSequence,
     ) -> Result<()> {
+        let _frozen = self.frozen(context);
         sequence.count_tokens(context, &mut self.staging, &mut self.steps.counts, new)
     }
 
@@ -158,6 +168,7 @@ impl DeviceState {
             let (row, column) = (on_device.slot as usize, sequence.num_tabled);
             Some(NewBlocks { row, column, ids: &sequence.block_ids[column..] })
         };
+        let _frozen = self.frozen(context);
         self.tables.append(context, sequences.into_iter().filter_map(new))
     }
 
@@ -195,8 +206,8 @@ impl DeviceState {
         num_results: usize,
     ) -> Result<Readback> {
         let context = parts.context;
+        let _frozen = self.frozen(context);
         let step = input.send(context, staging)?.with_tables(&self.tables);
-        let frozen = self.is_settled.then(|| context.freeze());
         let Self { steps, graphs, .. } = self;
         match form {
             Form::Recorded(shape) => {
@@ -208,7 +219,6 @@ impl DeviceState {
             }
             Form::Direct => steps.queue(parts, &step)?,
         }
-        drop(frozen);
         self.ask_for(context, num_results)
     }
 
@@ -222,8 +232,8 @@ impl DeviceState {
         form: Form,
     ) -> Result<()> {
         let context = parts.context;
+        let _frozen = self.frozen(context);
         let mut step = input.send(context, staging)?.with_tables(&self.tables);
-        let _frozen = self.is_settled.then(|| context.freeze());
         let Self { steps, graphs, .. } = self;
         if let Form::Recorded(shape) = form {
             step = recorded(step, shape, parts.cache);
@@ -245,6 +255,7 @@ impl DeviceState {
         num_results: usize,
     ) -> Result<Readback> {
         let context = parts.context;
+        let _frozen = self.frozen(context);
         let sampling = &input.sampling;
         let arrays = [&*input.logit_rows, &sampling.rows, &sampling.slots, &sampling.biases, masks];
         let [logit_rows, rows, slots, biases, masks] = self.choice_staging.send(context, arrays)?;

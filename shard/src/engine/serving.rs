@@ -121,6 +121,13 @@ impl Serving {
         }
     }
 
+    /// See [`super::Engine::freeze_steps`].
+    pub(super) fn freeze_steps(&mut self) {
+        if let Some(device) = &mut self.device {
+            device.settle_alone();
+        }
+    }
+
     /// Records the decode steps of short contexts; others are recorded when they come. Returns how many there are.
     pub(super) fn record_graphs(&mut self, rank: &mut RankModel) -> Result<usize, Error> {
         let Some(device) = &mut self.device else { return Ok(0) };

@@ -287,6 +287,15 @@ impl Engine {
         Ok(self.rank.context.forget_scratch()?)
     }
 
+    /// From here on a step that takes device memory, or copies to it other than through pinned memory of its own, is computed
+    /// without the sequences that it does so for: for tests of what steps do.
+    #[doc(hidden)]
+    pub fn freeze_steps(&mut self) {
+        if let Some(serving) = &mut self.serving {
+            serving.freeze_steps();
+        }
+    }
+
     /// Bytes that were copied to the device so far, for tests of what a step sends; 0 on the CPU.
     #[doc(hidden)]
     pub fn copied_bytes(&self) -> u64 {

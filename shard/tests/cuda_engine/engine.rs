@@ -69,6 +69,21 @@ fn tokens_and_log_probabilities_are_those_of_the_cpu_and_the_same_with_and_witho
     assert_eq!(token_ids(&run(&mut on_gpu(&[3, 64]), &requests, WHOLE_PROMPTS)), token_ids(&recorded));
 }
 
+#[test]
+fn steps_take_no_memory_and_copy_nothing_to_the_device_but_by_staging() {
+    let requests = unequal_requests();
+    for graph_sizes in [&[][..], &[1, 2, 4, 8]] {
+        let expected = run(&mut on_gpu(graph_sizes), &requests, WHOLE_PROMPTS);
+        let mut engine = on_gpu(graph_sizes);
+        engine.freeze_steps();
+        // Who was left out would have no tokens.
+        assert_eq!(token_ids(&run(&mut engine, &requests, WHOLE_PROMPTS)), token_ids(&expected));
+        engine.forget_scratch().unwrap();
+        let broken = run(&mut engine, &requests, WHOLE_PROMPTS);
+        assert!(broken.iter().any(|outcome| outcome.finish_reason() == FinishReason::OutOfMemory));
+    }
+}
+
 /// All requests of a run that does not look at answers, and the answers of one step at a time.
 fn recorded_steps(engine: &mut Engine, requests: &[NewSequence]) -> (Vec<StepRequest>, Vec<StepResponse>) {
     let (mut steps, mut answers) = (Vec::new(), Vec::new());
