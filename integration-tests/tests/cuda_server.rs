@@ -1,6 +1,8 @@
 //! The real executable on a GPU (or on the emulated driver: `make test-cuda`).
 
-use integration_tests::{Model, Stack, golden};
+use std::process::Output;
+
+use integration_tests::{Model, Stack, golden, lamplighter};
 use serde_json::json;
 
 /// Small, because a driver that runs on the CPU computes the largest steps at the start too.
@@ -17,6 +19,29 @@ async fn the_server_on_a_gpu_answers_what_transformers_computes_to_several_clien
 async fn without_custom_kernels_the_answers_are_the_same() {
     let stack = answers_what_transformers_computes(&["--disable-custom-kernels"]).await;
     assert!(stack.log().contains("plain kernels"), "{}", stack.log());
+}
+
+/// The end of a launch that finds no GPU, and then no place for its shards.
+fn without_a_gpu(flags: &[&str]) -> Output {
+    let mut command = lamplighter();
+    // Of the driver, and of the one for tests.
+    command.env("CUDA_VISIBLE_DEVICES", "").env("CUDA_ON_CPU_DEVICES", "0");
+    command.args(["--port", "0", "--shard-uds-path", "/there-is-no-such-directory/shard"]).args(flags);
+    command.output().expect("the executable can be started")
+}
+
+#[test]
+fn where_there_is_no_gpu_the_server_says_why_in_one_sentence_and_serves_on_the_cpu_unless_told_otherwise() {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let why = "the NVIDIA driver finds no usable GPU";
+    let auto = text(&without_a_gpu(&[]).stdout);
+    let lines: Vec<_> = auto.lines().filter(|line| line.contains(why)).collect();
+    assert!(matches!(lines[..], [line] if line.contains("serving on the CPU")), "{auto}");
+    let cpu = without_a_gpu(&["--device", "cpu"]);
+    assert!(!text(&cpu.stdout).contains("GPU"), "{}", text(&cpu.stdout));
+    let cuda = without_a_gpu(&["--device", "cuda"]);
+    let error = text(&cuda.stderr);
+    assert!(!cuda.status.success() && error.contains(why) && error.lines().count() == 1, "{error}");
 }
 
 async fn answers_what_transformers_computes(flags: &[&str]) -> Stack {

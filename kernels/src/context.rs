@@ -310,6 +310,9 @@ impl Context {
     }
 }
 
+/// Whether this build computes on GPUs where there are any.
+pub const BUILT_WITH_CUDA: bool = cfg!(feature = "cuda");
+
 /// GPUs that CUDA shows to this process (`CUDA_VISIBLE_DEVICES` chooses among those there are). An error says what is
 /// missing: a build with CUDA, the driver, a GPU, a newer driver.
 pub fn num_gpus() -> Result<usize> {

@@ -36,7 +36,7 @@ mod tensor;
 
 pub use candle_core::DType;
 pub use collective::Communicator;
-pub use context::{Context, Frozen, MemoryUse, num_gpus};
+pub use context::{BUILT_WITH_CUDA, Context, Frozen, MemoryUse, num_gpus};
 pub use cores::{BindError, MAX_CORES, allowed_cores, available_cores, bind_to_cores};
 pub use graph::Graph;
 pub use ops::attention::{AttentionBatch, AttentionParams, KvLayer};

@@ -49,11 +49,15 @@ fn main() -> ExitCode {
 }
 
 fn launch(config: &LauncherConfig) -> anyhow::Result<ExitCode> {
+    let why_no_gpu = shard::why_no_gpu(&config.shard);
     let config = &config.resolved()?;
     let run_directory = RunDirectory::create()?;
     let model = model::resolve(config.model_id.as_deref(), run_directory.path())?;
     let (output, writer) = Output::start(config.router.json_output, std::io::stdout());
     output.install_tracing(&config.router.log_level)?;
+    if let Some(why) = why_no_gpu {
+        tracing::warn!("serving on the CPU (--device cpu asks for it): {why}");
+    }
 
     // Children are killed by the kernel when the *thread* that started them ends: all of them are started by this
     // one, which lives as long as the process.

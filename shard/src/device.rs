@@ -21,6 +21,12 @@ pub fn resolve_device(config: &ShardConfig) -> anyhow::Result<DeviceChoice> {
     })
 }
 
+/// Why an executable for GPUs computes on the CPU though nobody asked it to; none where it does not, or is for CPUs only.
+pub fn why_no_gpu(config: &ShardConfig) -> Option<String> {
+    let is_asked = kernels::BUILT_WITH_CUDA && config.device == DeviceChoice::Auto;
+    is_asked.then(visible_gpus)?.err().map(|error| error.to_string())
+}
+
 /// Shards of a launch that does not say how many: one for each GPU.
 pub fn default_num_shards(device: DeviceChoice) -> usize {
     match device {

@@ -24,7 +24,7 @@ pub use config::{
     DeviceChoice, Dtype, KvCacheDtype, LoraAdapter, LoraAdapters, Quantization, ShardConfig, ShardPlacement,
 };
 pub use cores::{Cores, CoresError};
-pub use device::{default_num_shards, resolve_device, visible_gpus};
+pub use device::{default_num_shards, resolve_device, visible_gpus, why_no_gpu};
 pub use error::Error;
 
 /// Serves one rank of a model until SIGTERM (or, unless supervised, SIGINT), which is success, or until it cannot go
