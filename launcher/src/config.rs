@@ -25,7 +25,7 @@ pub(crate) struct LauncherConfig {
     pub(crate) shard_uds_path: Option<String>,
 
     /// Hosts that the shards are spread over evenly (GPUs only). Each has a launcher, started with the same flags but for
-    /// --node-rank [env: LWS_GROUP_SIZE, where NUM_NODES is not set]
+    /// --node-rank [env: LWS_GROUP_SIZE or GROUP_WORLD_SIZE, where NUM_NODES is not set]
     #[arg(long, env = "NUM_NODES", default_value_t = 1)]
     pub(crate) num_nodes: usize,
 
@@ -105,7 +105,7 @@ impl LauncherConfig {
         ensure!(
             node_rank < num_nodes,
             "--node-rank is {node_rank} but must be below --num-nodes, which is {num_nodes} (NODE_RANK, LWS_WORKER_INDEX and \
-             GROUP_RANK set the one, NUM_NODES and LWS_GROUP_SIZE the other)"
+             GROUP_RANK set the one, NUM_NODES, LWS_GROUP_SIZE and GROUP_WORLD_SIZE the other)"
         );
         let num_shard =
             self.num_shard.unwrap_or_else(|| shard::default_num_shards(device).saturating_mul(num_nodes));
@@ -192,7 +192,7 @@ enum Role {
 /// Variables by which others than we and `torchrun` say where a process is among others: Kubernetes' LeaderWorkerSet, and
 /// `torchrun` for whole hosts. Each is read where those before it in its list are not set.
 const LAUNCHER_VARIABLES: [(&str, &[&str]); 3] = [
-    ("num_nodes", &["NUM_NODES", "LWS_GROUP_SIZE"]),
+    ("num_nodes", &["NUM_NODES", "LWS_GROUP_SIZE", "GROUP_WORLD_SIZE"]),
     ("node_rank", &["NODE_RANK", "LWS_WORKER_INDEX", "GROUP_RANK"]),
     ("master_addr", &["MASTER_ADDR", "LWS_LEADER_ADDRESS"]),
 ];
@@ -370,7 +370,8 @@ mod tests {
             "MASTER_ADDR",
         ];
         check(&both, ours, torchrun);
-        check(&["GROUP_RANK"], ["NUM_NODES", "GROUP_RANK", "MASTER_ADDR"], torchrun);
+        let of_torchrun = [&torchrun[..], &["GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_PORT"]].concat();
+        check(&of_torchrun, ["GROUP_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"], torchrun);
     }
 
     #[test]
