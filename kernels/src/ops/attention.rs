@@ -28,6 +28,9 @@ pub use cache::{KvLayer, write_kv};
 pub use rotary_write_kv::{HeadNorms, RotaryAndPages, rotary_write_kv};
 pub use tables::{BlockTables, NewBlocks};
 
+/// From contexts of so many tokens on, a GPU launches the attention of decode rows in the same way, however long the longest is.
+pub const SAME_LAUNCH_FROM_TOKENS: usize = 8192;
+
 use tile::{Merge, Output, Splits, Tile, Whole};
 
 const OP: &str = "paged_attention";

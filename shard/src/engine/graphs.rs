@@ -1,11 +1,14 @@
 //! Recorded decode steps: launching one costs the host as much as launching a single kernel.
 //!
-//! A graph is for a number of rows, to which smaller batches are padded, for contexts of up to a number of blocks, a power of
-//! two, and for batches with or without adapters: all else, such as lengths and blocks, is read from device memory.
+//! A graph is for a number of rows, to which smaller batches are padded, and for batches with or without adapters: all else, such
+//! as lengths and blocks, is read from device memory. A launch has as many blocks as the longest context of its graph needs, and
+//! those that a step's contexts do not need take time to begin and end; so contexts up to 1024, 2048 and 4096 tokens have graphs
+//! of their own. One is for all longer ones.
 
 use std::collections::HashMap;
 
 use kernels::Graph;
+use kernels::ops::attention::SAME_LAUNCH_FROM_TOKENS;
 
 use super::validate::Limits;
 
@@ -45,6 +48,8 @@ pub(super) struct Graphs {
     sizes: Vec<usize>,
     /// Blocks of the longest sequence.
     most_blocks: usize,
+    /// From so many blocks on, one graph is for all lengths.
+    same_from_blocks: usize,
     has_adapters: bool,
     /// Or why one could not be recorded.
     recorded: HashMap<(Shape, Extent), kernels::Result<Graph>>,
@@ -59,7 +64,9 @@ impl Graphs {
         sizes.sort_unstable();
         sizes.dedup();
         let most_blocks = limits.max_total_tokens.div_ceil(limits.block_size);
-        Self { sizes, most_blocks, has_adapters: limits.num_adapters > 0, recorded: HashMap::new() }
+        let same_from_blocks = SAME_LAUNCH_FROM_TOKENS.div_ceil(limits.block_size);
+        let has_adapters = limits.num_adapters > 0;
+        Self { sizes, most_blocks, same_from_blocks, has_adapters, recorded: HashMap::new() }
     }
 
     /// The shapes to record before the first step: short contexts, the largest batches first.
@@ -80,7 +87,10 @@ impl Graphs {
     }
 
     fn columns(&self, max_blocks: usize) -> usize {
-        max_blocks.next_power_of_two().max(LEAST_BLOCKS).min(self.most_blocks)
+        match max_blocks.next_power_of_two().max(LEAST_BLOCKS) {
+            columns if columns < self.same_from_blocks => columns.min(self.most_blocks),
+            _ => self.most_blocks,
+        }
     }
 
     /// The graph of a shape, recorded by `record` when it is asked for the first time.
@@ -137,6 +147,16 @@ mod tests {
         assert_eq!(graphs.shape(21, 1, Adapters::None), None);
         let first: Vec<_> = graphs.first_shapes().iter().map(|shape| shape.rows).collect();
         assert_eq!(first, [20, 8, 2, 1]);
+    }
+
+    #[test]
+    fn one_graph_is_for_all_long_contexts() {
+        let limits = Limits { max_total_tokens: 1 << 17, block_size: 32, num_adapters: 0, ..LIMITS };
+        let graphs = Graphs::new(&[1], &limits);
+        let columns: Vec<_> = [1, 32, 33, 100, 128, 129, 256, 257, 4096]
+            .map(|blocks| graphs.shape(1, blocks, Adapters::None).expect("a shape").max_blocks)
+            .to_vec();
+        assert_eq!(columns, [32, 32, 64, 128, 128, 4096, 4096, 4096, 4096]);
     }
 
     #[test]

@@ -437,6 +437,14 @@ mod tests {
     }
 
     #[test]
+    fn long_contexts_are_split_as_longer_ones() {
+        for num_blocks in 1..5000 {
+            let plan = |max_kv_len| Splits::plan(num_blocks, max_kv_len, AT_ONCE);
+            assert_eq!(plan(super::super::SAME_LAUNCH_FROM_TOKENS), plan(1 << 20), "{num_blocks}");
+        }
+    }
+
+    #[test]
     fn memory_for_the_most_sequences_is_enough_for_fewer() {
         for max_kv_len in [1, 1000, 10_000, 1 << 17] {
             let most = (1..5000).map(|num_blocks| {
