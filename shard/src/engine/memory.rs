@@ -2,25 +2,71 @@
 
 use std::path::Path;
 
+/// How a hierarchy of control groups tells what memory a group may take.
+struct Hierarchy {
+    /// Its name in /proc/self/cgroup: between the colons.
+    controllers: &'static str,
+    root: &'static str,
+    limit: &'static str,
+    usage: &'static str,
+    /// In the group's `memory.stat`: pages of files that the system takes back first; they count as used, but do not stand in
+    /// the way.
+    inactive_files: &'static str,
+}
+
+/// Of cgroup v2, then of v1. A machine has one of them.
+const HIERARCHIES: [Hierarchy; 2] = [
+    Hierarchy {
+        controllers: "",
+        root: "/sys/fs/cgroup",
+        limit: "memory.max",
+        usage: "memory.current",
+        inactive_files: "inactive_file",
+    },
+    Hierarchy {
+        controllers: "memory",
+        root: "/sys/fs/cgroup/memory",
+        limit: "memory.limit_in_bytes",
+        usage: "memory.usage_in_bytes",
+        inactive_files: "total_inactive_file",
+    },
+];
+
 /// Bytes that can be taken without swapping or being killed: the system's estimate, or what is left under the limit of
 /// the control group (a container's limit) where that is less. None where the system does not tell.
 pub(super) fn available_bytes() -> Option<u64> {
     let system = read("/proc/meminfo").and_then(|text| mem_available_bytes(&text));
-    let group = read("/proc/self/cgroup").as_deref().and_then(own_group).and_then(|group| {
+    let groups = read("/proc/self/cgroup").unwrap_or_default();
+    let group = HIERARCHIES.iter().find_map(|hierarchy| {
+        let group = hierarchy.own_group(&groups)?;
         // Inside a container the group's own directory is mounted as the root.
-        ["/sys/fs/cgroup".to_owned() + group, "/sys/fs/cgroup".to_owned()]
+        [format!("{}{group}", hierarchy.root), hierarchy.root.to_owned()]
             .iter()
-            .find_map(|dir| left_in_group(dir))
+            .find_map(|dir| hierarchy.left_in_group(Path::new(dir)))
     });
     system.into_iter().chain(group).min()
 }
 
-fn left_in_group(dir: &str) -> Option<u64> {
-    let dir = Path::new(dir);
-    let limit = std::fs::read_to_string(dir.join("memory.max")).ok()?.trim().parse::<u64>().ok()?;
-    let used = std::fs::read_to_string(dir.join("memory.current")).ok()?.trim().parse::<u64>().ok()?;
-    let stat = std::fs::read_to_string(dir.join("memory.stat")).ok()?;
-    Some(limit.saturating_sub(used.saturating_sub(inactive_file_bytes(&stat))))
+impl Hierarchy {
+    /// This process's group, of a text like /proc/self/cgroup.
+    fn own_group<'a>(&self, groups: &'a str) -> Option<&'a str> {
+        let in_this = |line: &'a str| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, group) = rest.split_once(':')?;
+            (controllers == self.controllers).then_some(group)
+        };
+        groups.lines().find_map(in_this)
+    }
+
+    fn left_in_group(&self, dir: &Path) -> Option<u64> {
+        let bytes = |name| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
+        let (limit, used) = (bytes(self.limit)?, bytes(self.usage)?);
+        let stat = std::fs::read_to_string(dir.join("memory.stat")).ok()?;
+        let inactive =
+            stat.lines().find_map(|line| line.strip_prefix(self.inactive_files)?.strip_prefix(' '));
+        let inactive = inactive.and_then(|value| value.trim().parse().ok()).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(inactive)))
+    }
 }
 
 fn read(path: &str) -> Option<String> {
@@ -31,17 +77,6 @@ fn read(path: &str) -> Option<String> {
 fn mem_available_bytes(meminfo: &str) -> Option<u64> {
     let kib = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-/// This process's group in the one hierarchy of cgroup v2.
-fn own_group(cgroup: &str) -> Option<&str> {
-    cgroup.lines().find_map(|line| line.strip_prefix("0::"))
-}
-
-/// Pages of files that the system takes back first: they count as used, but do not stand in the way.
-fn inactive_file_bytes(stat: &str) -> u64 {
-    let value = stat.lines().find_map(|line| line.strip_prefix("inactive_file "));
-    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -55,21 +90,35 @@ mod tests {
         assert_eq!(mem_available_bytes("MemTotal: 1 kB\n"), None);
     }
 
+    const V2: &Hierarchy = &HIERARCHIES[0];
+    const V1: &Hierarchy = &HIERARCHIES[1];
+
     #[test]
-    fn the_group_is_that_of_cgroup_v2() {
-        assert_eq!(own_group("12:cpu:/a\n0::/system.slice/x.service\n"), Some("/system.slice/x.service"));
-        assert_eq!(own_group("12:cpu:/a\n"), None);
+    fn the_group_is_found_in_both_versions_of_control_groups() {
+        let (both, v2) = ("12:cpu:/a\n4:memory:/b/c\n0::/\n", "0::/system.slice/x.service\n");
+        assert_eq!(V2.own_group(v2), Some("/system.slice/x.service"));
+        assert_eq!(V1.own_group(v2), None);
+        assert_eq!(V1.own_group(both), Some("/b/c"));
+        assert_eq!(V2.own_group("12:cpu:/a\n"), None);
     }
 
     #[test]
     fn file_pages_that_can_be_taken_back_do_not_count_as_used() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        write("memory.max", "1000\n");
-        write("memory.current", "700\n");
-        write("memory.stat", "anon 300\nfile 400\ninactive_file 250\nactive_file 150\n");
-        assert_eq!(left_in_group(dir.path().to_str().unwrap()), Some(550));
-        write("memory.max", "max\n");
-        assert_eq!(left_in_group(dir.path().to_str().unwrap()), None);
+        write(
+            "memory.stat",
+            "anon 300\nfile 400\ninactive_file 250\ntotal_inactive_file 350\nactive_file 150\n",
+        );
+        for (hierarchy, left) in [(V2, 550), (V1, 650)] {
+            write(hierarchy.limit, "1000\n");
+            write(hierarchy.usage, "700\n");
+            assert_eq!(hierarchy.left_in_group(dir.path()), Some(left));
+        }
+        write(V2.limit, "max\n");
+        assert_eq!(V2.left_in_group(dir.path()), None);
+        // Without a limit, v1 has one that is beyond all memory.
+        write(V1.limit, "9223372036854771712\n");
+        assert_eq!(V1.left_in_group(dir.path()), Some(9_223_372_036_854_771_712 - 350));
     }
 }
