@@ -14,6 +14,7 @@ struct CUgraphExecUpdateResultInfo {
 extern "C" {
 CUresult cuInit(unsigned);
 CUresult cuDevicePrimaryCtxRetain(void**, int);
+CUresult cuDevicePrimaryCtxRelease_v2(int);
 CUresult cuCtxSetCurrent(void*);
 CUresult cuCtxGetCurrent(void**);
 CUresult cuCtxSynchronize();
@@ -27,6 +28,7 @@ CUresult cuMemFree_v2(CUdeviceptr);
 CUresult cuMemGetInfo_v2(size_t*, size_t*);
 CUresult cuMemGetAddressRange_v2(CUdeviceptr*, size_t*, CUdeviceptr);
 CUresult cuMemcpyHtoD_v2(CUdeviceptr, const void*, size_t);
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr, const void*, size_t, void*);
 CUresult cuMemcpyDtoH_v2(void*, CUdeviceptr, size_t);
 CUresult cuMemcpyDtoHAsync_v2(void*, CUdeviceptr, size_t, void*);
 CUresult cuMemsetD8Async(CUdeviceptr, unsigned char, size_t, void*);

@@ -231,7 +231,11 @@ CUDA_API CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer
   return CUDA_SUCCESS;
 }
 
+// Held from the last release of a context until all that belongs to it is gone, so that who retains it meanwhile gets a new one.
+static std::mutex lifetimes;
+
 CUDA_API CUresult cuDevicePrimaryCtxRetain(void** context, CUdevice ordinal) {
+  const Lock lifetime(lifetimes);
   Lock lock(state);
   if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
   Device* device = device_of(ordinal);
@@ -243,6 +247,7 @@ CUDA_API CUresult cuDevicePrimaryCtxRetain(void** context, CUdevice ordinal) {
 static CUresult destroy_primary(CUdevice ordinal, bool reset) {
   Device* device = device_of(ordinal);
   if (!device) return CUDA_ERROR_INVALID_DEVICE;
+  const Lock lifetime(lifetimes);
   {
     Lock lock(state);
     if (device->retained == 0) return CUDA_ERROR_INVALID_CONTEXT;

@@ -7,8 +7,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../types.h"
@@ -287,6 +289,28 @@ void streams_join_a_capture_by_events() {
   cuStreamDestroy_v2(other);
 }
 
+// Whoever retains a context while another gives the last one back has one of its own.
+void contexts_come_and_go_on_several_threads() {
+  std::atomic<int> failed{0};
+  const auto use = [&] {
+    for (int i = 0; i < 2000; i++) {
+      usleep(i % 7);  // now and then, nobody has it
+      void *context, *stream;
+      CUdeviceptr memory;
+      const int value = i;
+      const bool is_fine = !cuDevicePrimaryCtxRetain(&context, 1) && !cuCtxSetCurrent(context) && !cuStreamCreate(&stream, 1) &&
+                           !cuMemAlloc_v2(&memory, sizeof value) && !cuMemcpyHtoDAsync_v2(memory, &value, sizeof value, stream) &&
+                           !cuStreamSynchronize(stream) && !cuMemFree_v2(memory) && !cuStreamDestroy_v2(stream);
+      failed += !is_fine;
+      failed += cuDevicePrimaryCtxRelease_v2(1) != 0;
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2; i++) threads.emplace_back(use);
+  for (auto& thread : threads) thread.join();
+  SAME(failed, 0);
+}
+
 void events_measure() {
   void *first, *second;
   float milliseconds = -1;
@@ -416,6 +440,7 @@ constexpr Test TESTS[] = {
     TEST(graphs_replay_what_was_captured),
     TEST(a_capture_forbids_waiting_and_allocating),
     TEST(streams_join_a_capture_by_events),
+    TEST(contexts_come_and_go_on_several_threads),
     TEST(events_measure),
     TEST(communicators_can_be_made_without_waiting),
     TEST(processes_reduce_and_gather),
