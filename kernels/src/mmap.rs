@@ -117,10 +117,12 @@ impl MappedFile {
     }
 }
 
-/// Whether this system gives huge pages to programs that ask for them.
-pub fn has_huge_pages() -> bool {
-    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
-        .is_ok_and(|choice| !choice.contains("[never]"))
+/// Whether this system gives huge pages to programs that ask for them, and lets pages take the place of others at any time: one
+/// that counts all memory that programs ask for (`vm.overcommit_memory` = 2) may refuse when the old ones are gone already.
+pub fn can_move_to_huge_pages() -> bool {
+    let is = |path, says: fn(&str) -> bool| std::fs::read_to_string(path).is_ok_and(|text| says(&text));
+    is("/sys/kernel/mm/transparent_hugepage/enabled", |choice| !choice.contains("[never]"))
+        && is("/proc/sys/vm/overcommit_memory", |mode| mode.trim() != "2")
 }
 
 #[cfg(target_os = "linux")]
@@ -149,12 +151,28 @@ mod huge {
         }
     }
 
+    /// New memory that begins at a huge page.
     fn pages(len: usize) -> io::Result<Pages> {
         const MINE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let room = len + PAGE;
         // SAFETY: new memory, wherever the system likes.
         let start =
-            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, MINE, -1, 0) };
-        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Pages { start, len }) }
+            unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_READ | libc::PROT_WRITE, MINE, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let before = start.cast::<u8>().align_offset(PAGE);
+        let pages = Pages { start: start.wrapping_byte_add(before), len };
+        // SAFETY: the ends, which nobody has heard of yet.
+        unsafe {
+            if before > 0 {
+                libc::munmap(start, before);
+            }
+            if before < PAGE {
+                libc::munmap(pages.start.wrapping_byte_add(len), PAGE - before);
+            }
+        }
+        Ok(pages)
     }
 
     /// Copies `old` and puts the copy in its place.
@@ -166,9 +184,8 @@ mod huge {
     /// `old` is whole huge pages of a map that is only read, and is unmapped as a whole in the end.
     pub(super) unsafe fn replace(old: &[u8]) -> io::Result<()> {
         let len = old.len();
-        // With room to begin at a huge page.
-        let pages = pages(len + PAGE)?;
-        let new = pages.start.cast::<u8>().wrapping_add(pages.start.align_offset(PAGE));
+        let pages = pages(len)?;
+        let new = pages.start.cast::<u8>();
         ask_for_huge_pages(new, len);
         // SAFETY: `new` has as many bytes, which are nobody else's.
         unsafe { ptr::copy_nonoverlapping(old.as_ptr(), new, len) };
@@ -184,6 +201,8 @@ mod huge {
                 return Err(io::Error::last_os_error());
             }
         }
+        // They have left their place, which may be another thread's by now.
+        std::mem::forget(pages);
         Ok(())
     }
 }

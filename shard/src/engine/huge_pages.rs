@@ -13,7 +13,7 @@ const MEMORY_SHARE: f64 = 0.8;
 /// this one, each with a KV cache of so many bytes.
 pub(super) fn begin_to_move(mapped: MappedWeights, kv_cache_bytes: u64, world_size: usize) {
     let bytes = mapped.size_in_bytes();
-    if bytes == 0 || !kernels::mmap::has_huge_pages() {
+    if bytes == 0 || !kernels::mmap::can_move_to_huge_pages() {
         return;
     }
     if !fits(bytes + kv_cache_bytes, world_size, memory::available_bytes()) {
