@@ -116,7 +116,7 @@ fn product(
     if x.rows() == 0 {
         return Ok(());
     }
-    let per_task = outputs_per_task(context.num_threads(), x, parts, total);
+    let tasks = Tasks::new(context.num_threads(), x, parts, total);
     let out = SharedRows::new(out);
     for method in Method::ALL {
         if parts.iter().all(|part| part.method(level) != method) {
@@ -125,9 +125,8 @@ fn product(
         INPUT.with_borrow_mut(|memory| {
             let x = Prepared::new(context, x, method, memory);
             let product = Product { level, x, method, parts, out, adds };
-            context.parallel_for(total.div_ceil(per_task), |task| {
-                let outputs = task * per_task..total.min((task + 1) * per_task);
-                level.run_with_dots(Outputs { product: &product, outputs });
+            context.parallel_for(tasks.count, |task| {
+                level.run_with_dots(Outputs { product: &product, outputs: tasks.outputs(task) });
             });
         });
     }
@@ -216,24 +215,51 @@ fn check_types(x: View<'_>, parts: &[LinearPart<'_>], out: &ViewMut<'_>) -> Resu
     require_f32_matrix(OP, "out", matrix_mut(out), (out.rows(), out.cols()))
 }
 
-/// How many outputs a task computes: all where the work is too small to wake another thread for, else a fraction of
-/// a thread's share, so that a thread that is held up does not hold up the others.
-fn outputs_per_task(num_threads: usize, x: View<'_>, parts: &[LinearPart<'_>], total: usize) -> usize {
-    // Of one core: about 10 GB/s from memory and 50 GFLOP/s (measured with benches/linear.rs, rounded down).
-    const BYTES_PER_NS: usize = 10;
-    const FLOPS_PER_NS: usize = 50;
-    // Waking a sleeping thread takes a few microseconds.
-    const MIN_TASK_NS: usize = 10_000;
-    const TASKS_PER_THREAD: usize = 4;
-    let bytes: usize = parts.iter().map(|part| part.weight.size_in_bytes()).sum();
-    let flops = 2 * x.rows() * x.cols() * total;
-    let work_ns = bytes / BYTES_PER_NS + flops / FLOPS_PER_NS;
-    let tasks = match num_threads {
-        1 => 1,
-        _ => (num_threads * TASKS_PER_THREAD).min(work_ns / MIN_TASK_NS).max(1),
-    };
-    // Whole panels, and whole tiles of few rows.
-    total.div_ceil(tasks).next_multiple_of(3 * many::OUTPUTS).max(1)
+/// How outputs are spread over tasks: all in one where the work is too small to wake another thread for, else each thread has
+/// several, so that one that is held up does not hold up the others.
+#[derive(Clone, Copy)]
+struct Tasks {
+    num_outputs: usize,
+    /// Outputs that stay together.
+    unit: usize,
+    count: usize,
+}
+
+impl Tasks {
+    /// For products with `x` of which each of the `num_outputs` is one of every part's.
+    fn new(num_threads: usize, x: View<'_>, parts: &[LinearPart<'_>], num_outputs: usize) -> Self {
+        // Of one core: about 10 GB/s from memory and 50 GFLOP/s (measured with benches/linear.rs, rounded down).
+        const BYTES_PER_NS: usize = 10;
+        const FLOPS_PER_NS: usize = 50;
+        // Waking a sleeping thread takes a few microseconds.
+        const MIN_TASK_NS: usize = 10_000;
+        const TASKS_PER_THREAD: usize = 8;
+        let bytes: usize = parts.iter().map(|part| part.weight.size_in_bytes()).sum();
+        let outputs: usize = parts.iter().map(|part| part.weight.rows()).sum();
+        let work_ns = bytes / BYTES_PER_NS + 2 * x.rows() * x.cols() * outputs / FLOPS_PER_NS;
+        let most = num_threads * TASKS_PER_THREAD;
+        let most_work = most.min(work_ns / MIN_TASK_NS).min(num_outputs.div_ceil(many::OUTPUTS));
+        // Many rows are read once for each group of panels: smaller tasks only where threads would have none.
+        let (unit, count) = match x.rows() > few::MOST_ROWS {
+            true if num_outputs >= most * many::GROUP => (many::GROUP, most_work),
+            true => (many::OUTPUTS, most_work.min((num_outputs / many::GROUP).max(num_threads))),
+            false => (many::OUTPUTS, most_work),
+        };
+        let count = match num_threads {
+            1 => 1,
+            // As many for each thread.
+            _ if count > num_threads => count / num_threads * num_threads,
+            _ => count.max(1),
+        };
+        Self { num_outputs, unit, count }
+    }
+
+    /// The outputs of a task: as many as any other's, or one unit more.
+    fn outputs(&self, task: usize) -> Range<usize> {
+        let units = self.num_outputs.div_ceil(self.unit);
+        let end = |tasks: usize| self.num_outputs.min(tasks * units / self.count * self.unit);
+        end(task)..end(task + 1)
+    }
 }
 
 struct Product<'a> {
@@ -366,6 +392,46 @@ impl<F: Format> Kernel for Block<F> {
         match self.order {
             Order::Steps => few::few_rows(simd, &self),
             Order::Lanes => many::many_rows(simd, &self),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_have_as_many_outputs_but_for_one_unit() {
+        for (num_threads, rows) in
+            [1, 2, 3, 8, 64].into_iter().flat_map(|threads| [(threads, 1), (threads, 512)])
+        {
+            for (num_outputs, k) in
+                [(1, 8), (33, 64), (576, 1536), (2048, 2048), (2560, 2048), (5632, 2048), (128_000, 64)]
+            {
+                let weight = Tensor::zeros(num_outputs, k, DType::BF16);
+                let x = Tensor::zeros(rows, k, DType::F32);
+                let parts = [LinearPart { weight: (&weight).into(), bias: None }];
+                let tasks = Tasks::new(num_threads, x.view(), &parts, num_outputs);
+                // As the pool spreads them.
+                let threads = tasks.count.min(num_threads);
+                let mut shares = vec![0; threads];
+                let mut next = 0;
+                for (thread, share) in shares.iter_mut().enumerate() {
+                    for task in thread * tasks.count / threads..(thread + 1) * tasks.count / threads {
+                        let outputs = tasks.outputs(task);
+                        assert_eq!(outputs.start, next);
+                        assert!(!outputs.is_empty(), "{num_threads} threads, {num_outputs} outputs: {task}");
+                        next = outputs.end;
+                        *share += outputs.len();
+                    }
+                }
+                assert_eq!(next, num_outputs);
+                let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+                assert!(
+                    most - least <= tasks.unit,
+                    "{num_threads} threads, {num_outputs} outputs: {shares:?}"
+                );
+            }
         }
     }
 }

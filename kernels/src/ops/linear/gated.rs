@@ -1,6 +1,8 @@
 //! Two linear layers of which one gates the other.
 
-use super::{INPUT, LinearPart, Method, Outputs, Prepared, Product, check_types, linear, outputs_per_task};
+use std::ops::Range;
+
+use super::{INPUT, LinearPart, Method, Outputs, Prepared, Product, Tasks, check_types, linear};
 use crate::ops::activation::{Activation, Apply, gated};
 use crate::ops::operands::{SharedRows, matrix_mut, on_cuda, require, require_f32_matrix};
 use crate::{Context, Result, View, ViewMut};
@@ -64,13 +66,13 @@ fn products_and_activation(
     if rows == 0 {
         return;
     }
-    let per_task = outputs_per_task(context.num_threads(), x, &parts, n);
+    let tasks = Tasks::new(context.num_threads(), x, &parts, n);
     let (gate_up, out) = (SharedRows::new(gate_up), SharedRows::new(out));
     INPUT.with_borrow_mut(|memory| {
         let x = Prepared::new(context, x, method, memory);
         let product = Product { level, x, method, parts: &parts, out: gate_up, adds: false };
-        context.parallel_for(n.div_ceil(per_task), |task| {
-            let (start, end) = (task * per_task, n.min((task + 1) * per_task));
+        context.parallel_for(tasks.count, |task| {
+            let Range { start, end } = tasks.outputs(task);
             level.run_with_dots(Outputs { product: &product, outputs: start..end });
             level.run_with_dots(Outputs { product: &product, outputs: n + start..n + end });
             for row in 0..rows {

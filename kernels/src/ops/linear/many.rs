@@ -29,6 +29,9 @@ const ROWS_TOGETHER: usize = 128;
 /// Panels of a group: the more, the less often x comes from beyond the L2 cache.
 const PANELS: usize = 4;
 
+/// Outputs of a group.
+pub(super) const GROUP: usize = PANELS * OUTPUTS;
+
 /// Working memory of a thread, kept.
 struct Scratch {
     panel: Vec<Lanes>,
