@@ -352,6 +352,48 @@ fn write_kv_rounds_to_nearest_even_at_every_level() {
     }
 }
 
+#[test]
+fn rows_written_together_lie_as_those_written_one_by_one_at_every_level() {
+    let mut rng = rng(8);
+    // Runs of any length, of which some go on in the block that is next in memory, then slots in no order.
+    let mut slots: Vec<u32> = [3..41, 60..61, 64..66, 80..97, 130..160].into_iter().flatten().collect();
+    let mut rest: Vec<u32> = (0..160).filter(|slot| !slots.contains(slot)).collect();
+    rest.shuffle(&mut rng);
+    slots.extend(&rest[..40]);
+    for context in levels() {
+        for (block_size, head_dim) in [(4, 16), (16, 5), (20, 40), (32, 64)] {
+            let (kv_heads, rows) = (2, slots.len());
+            let [keys, values] = [(); 2].map(|()| tensor(&mut rng, rows, kv_heads * head_dim, DType::F32));
+            for dtype in FLOATS {
+                let cache = || {
+                    KvLayer::new(
+                        &context,
+                        160_usize.div_ceil(block_size),
+                        kv_heads,
+                        block_size,
+                        head_dim,
+                        dtype,
+                    )
+                    .expect("a float type")
+                };
+                let (mut together, mut single) = (cache(), cache());
+                write_kv(&context, keys.view(), values.view(), &slots, &mut together).expect("shapes fit");
+                for (row, slot) in slots.iter().enumerate() {
+                    let [key, value] = [&keys, &values].map(|all| all.view().narrow_rows(row, 1));
+                    write_kv(&context, key, value, &[*slot], &mut single).expect("shapes fit");
+                }
+                for (together, single) in together.pages().into_iter().zip(single.pages()) {
+                    let values = |view: View<'_>| -> Vec<f32> {
+                        (0..view.rows()).flat_map(|row| view.row_f32(row).expect("floats")).collect()
+                    };
+                    let what = format!("{dtype:?} in blocks of {block_size}");
+                    assert_same_bits(&values(together), &values(single), &what);
+                }
+            }
+        }
+    }
+}
+
 /// Reads the values back through attention to a single position: its weight is exactly one.
 fn check_rounding(
     context: &Context,

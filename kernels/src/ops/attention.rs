@@ -168,7 +168,7 @@ pub fn paged_attention(
     PLAN.with_borrow_mut(|plan| {
         attention.plan(context.num_threads(), plan);
         let plan = &SharedPlan::new(plan);
-        if attention.is_small() {
+        if attention.is_small(plan.num_tasks()) {
             (0..plan.num_tasks()).for_each(|task| attention.run(context, plan, task));
         } else {
             context.parallel_for(plan.num_tasks(), |task| attention.run(context, plan, task));
@@ -362,10 +362,12 @@ impl<'a> Attention<'a> {
     }
 
     /// Whether waking another thread would take longer than the work.
-    fn is_small(&self) -> bool {
+    fn is_small(&self, num_tasks: usize) -> bool {
         const MULTIPLY_ADDS: usize = 200_000;
+        /// What a task takes beside them: about a microsecond.
+        const OF_A_TASK: usize = 25_000;
         let pairs: usize = (0..self.sequences.kv_lens.len()).map(|sequence| self.pairs(sequence)).sum();
-        2 * pairs * self.query.cols() < MULTIPLY_ADDS
+        2 * pairs * self.query.cols() + OF_A_TASK * num_tasks < MULTIPLY_ADDS
     }
 
     /// Cuts sequences of a single tile along their keys where tasks would be too few or too uneven for the threads.

@@ -247,6 +247,8 @@ pub(crate) trait Simd: Copy {
     fn prefetch(self, address: *const u8);
     /// As [`Simd::prefetch`], for the L2 cache: for what is used later.
     fn prefetch_far(self, address: *const u8);
+    /// As [`Simd::prefetch`], for what is written next, so that no other core has the line.
+    fn prefetch_to_write(self, address: *const u8);
 }
 
 /// Element types that vectors are loaded from and stored to.

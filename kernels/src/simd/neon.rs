@@ -280,6 +280,11 @@ impl Simd for Neon {
         // As above.
         unsafe { asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
     }
+    #[inline(always)]
+    fn prefetch_to_write(self, address: *const u8) {
+        // As above.
+        unsafe { asm!("prfm pstl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
+    }
 }
 
 #[cfg(test)]

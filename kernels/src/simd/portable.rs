@@ -142,6 +142,8 @@ impl Simd for Portable {
     fn prefetch(self, _address: *const u8) {}
     #[inline(always)]
     fn prefetch_far(self, _address: *const u8) {}
+    #[inline(always)]
+    fn prefetch_to_write(self, _address: *const u8) {}
 }
 
 #[cfg(test)]

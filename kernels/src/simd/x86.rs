@@ -8,6 +8,7 @@
     reason = "the unaligned loads and stores take pointers to whole vectors"
 )]
 
+use std::arch::asm;
 use std::arch::x86_64::{
     __m128i, __m256, __m256bh, __m256i, __m512, __m512bh, _CMP_UNORD_Q, _MM_FROUND_NO_EXC,
     _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
@@ -70,6 +71,13 @@ fn prefetch(address: *const u8) {
 fn prefetch_far(address: *const u8) {
     // SAFETY: as above.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+}
+
+#[inline(always)]
+fn prefetch_to_write(address: *const u8) {
+    // SAFETY: as above; the compiler's function becomes an ordinary request where it does not know that the CPU has this one,
+    // which is one or does nothing on all that have AVX2.
+    unsafe { asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
 }
 
 #[derive(Clone, Copy)]
@@ -285,6 +293,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch_far(self, address: *const u8) {
         prefetch_far(address);
+    }
+    #[inline(always)]
+    fn prefetch_to_write(self, address: *const u8) {
+        prefetch_to_write(address);
     }
 }
 
@@ -510,5 +522,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn prefetch_far(self, address: *const u8) {
         prefetch_far(address);
+    }
+    #[inline(always)]
+    fn prefetch_to_write(self, address: *const u8) {
+        prefetch_to_write(address);
     }
 }

@@ -1,5 +1,7 @@
 //! Paged memory for keys and values, and writing to it.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::super::operands::{
@@ -140,8 +142,12 @@ fn write<T: Float>(context: &Context, keys: View<'_>, values: View<'_>, slots: &
         head_dim,
     };
     let target = &target;
-    // Scattered keys weigh more than a copy.
-    context.for_rows(kv_heads, 8 * slots.len() * head_dim, |head| {
+    // Rows that lie side by side in a block are written as vectors; of one alone each element of the key is on a line of its
+    // own, for which memory is waited.
+    let (rows_per_task, weight) = if slots.len() > LANES { (LANES, 8) } else { (1, 80) };
+    let chunks = slots.len().div_ceil(rows_per_task);
+    context.for_rows(chunks * kv_heads, weight * rows_per_task * head_dim, |task| {
+        let (chunk, head) = (task / kv_heads, task % kv_heads);
         let columns =
             |view: View<'_>| -> *const f32 { view.narrow_cols(head * head_dim, head_dim).ptr.cast() };
         context.level().run(WriteHead {
@@ -152,11 +158,12 @@ fn write<T: Float>(context: &Context, keys: View<'_>, values: View<'_>, slots: &
             values: columns(values),
             value_stride: values.row_stride,
             slots,
+            rows: chunk * rows_per_task..slots.len().min((chunk + 1) * rows_per_task),
         });
     });
 }
 
-/// A cache that tasks write to, each to the places of one head.
+/// A cache that tasks write to, each to the slots of some rows.
 struct Target<T> {
     keys: *mut T,
     values: *mut T,
@@ -165,10 +172,10 @@ struct Target<T> {
     head_dim: usize,
 }
 
-// SAFETY: the cache is borrowed exclusively while tasks run, and each writes to one head's part of it.
+// SAFETY: the cache is borrowed exclusively while tasks run, and each writes the slots of its rows in one head's part of it.
 unsafe impl<T: Send> Sync for Target<T> {}
 
-/// One head of all rows. Slots have been checked.
+/// One head of some rows. Slots have been checked.
 struct WriteHead<'a, T> {
     target: &'a Target<T>,
     head: usize,
@@ -177,31 +184,74 @@ struct WriteHead<'a, T> {
     values: *const f32,
     value_stride: usize,
     slots: &'a [u32],
+    rows: Range<usize>,
+}
+
+impl<T> WriteHead<'_, T> {
+    /// Of a row's slot, the first element of its block and head, and its place in the block.
+    #[inline(always)]
+    fn first_and_place(&self, row: usize) -> (usize, usize) {
+        let Target { kv_heads, block_size, head_dim, .. } = *self.target;
+        let slot = self.slots[row] as usize;
+        ((slot / block_size * kv_heads + self.head) * block_size * head_dim, slot % block_size)
+    }
+
+    /// How many rows from this on, up to a vector's lanes, lie side by side in a block.
+    #[inline(always)]
+    fn side_by_side(&self, row: usize) -> usize {
+        let left = self.target.block_size - self.slots[row] as usize % self.target.block_size;
+        let rows = &self.slots[row..self.rows.end.min(row + left.min(LANES))];
+        rows.iter().zip(self.slots[row]..).take_while(|(slot, next)| *slot == next).count()
+    }
 }
 
 impl<T: Float> Kernel for WriteHead<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Target { kv_heads, block_size, head_dim, .. } = *self.target;
-        for (row, &slot) in self.slots.iter().enumerate() {
-            let (block, place) = (slot as usize / block_size, slot as usize % block_size);
-            let first = (block * kv_heads + self.head) * block_size * head_dim;
+        let Target { block_size, head_dim, .. } = *self.target;
+        let line_len = 64 / size_of::<T>();
+        // The lines of a key are far apart and many: all are asked for before the first is waited for.
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let (first, place) = self.first_and_place(row);
+            let key = self.target.keys.wrapping_add(first + place);
+            for at in (0..head_dim * block_size).step_by(block_size.max(line_len)) {
+                simd.prefetch_to_write(key.wrapping_add(at).cast());
+            }
+            row += self.side_by_side(row);
+        }
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let num_rows = self.side_by_side(row);
+            let (first, place) = self.first_and_place(row);
             for (start, len) in spans(head_dim) {
-                // SAFETY: the slot is in the cache, a span lies within a head, and no other task writes to this head.
+                // SAFETY: the slots are in the cache and side by side in one block, a span lies within a head, and no other task
+                // writes to these slots of this head.
                 unsafe {
-                    let value = f32::load_part(simd, self.values.add(row * self.value_stride + start), len);
-                    let to = self.target.values.add(first + place * head_dim + start);
-                    T::store_part(simd, to, len, value);
-
-                    let key = f32::load_part(simd, self.keys.add(row * self.key_stride + start), len);
-                    let mut rounded = [T::ZERO; LANES];
-                    T::store(simd, rounded.as_mut_ptr(), key);
+                    let mut keys = [simd.splat(0.0); LANES];
+                    for (i, keys) in keys.iter_mut().enumerate().take(num_rows) {
+                        let row = row + i;
+                        let value =
+                            f32::load_part(simd, self.values.add(row * self.value_stride + start), len);
+                        let to = self.target.values.add(first + (place + i) * head_dim + start);
+                        T::store_part(simd, to, len, value);
+                        *keys = f32::load_part(simd, self.keys.add(row * self.key_stride + start), len);
+                    }
                     let to = self.target.keys.add(first + start * block_size + place);
-                    for (i, &element) in rounded[..len].iter().enumerate() {
-                        to.add(i * block_size).write(element);
+                    if num_rows == 1 {
+                        let mut rounded = [T::ZERO; LANES];
+                        T::store(simd, rounded.as_mut_ptr(), keys[0]);
+                        for (i, &element) in rounded[..len].iter().enumerate() {
+                            to.add(i * block_size).write(element);
+                        }
+                    } else {
+                        for (i, rows) in simd.transpose(keys).into_iter().enumerate().take(len) {
+                            T::store_part(simd, to.add(i * block_size), num_rows, rows);
+                        }
                     }
                 }
             }
+            row += num_rows;
         }
     }
 }
