@@ -24,7 +24,7 @@ pub(crate) fn exp_of_nonpositive<S: Simd>(simd: S, x: S::Vector) -> S::Vector {
     // NaN passes, being the second operand.
     let x = simd.max(simd.splat(-87.0), x);
     let (n, p) = exp_parts(simd, x);
-    simd.mul(p, simd.exp2_of_integer(n))
+    simd.times_exp2_of_integer(p, n)
 }
 
 /// `n` and `p` with `e^x = p * 2^n`.

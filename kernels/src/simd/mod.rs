@@ -204,6 +204,11 @@ pub(crate) trait Simd: Copy {
     fn round(self, a: Self::Vector) -> Self::Vector;
     /// `2^n` for integers -126 ..= 127.
     fn exp2_of_integer(self, n: Self::Vector) -> Self::Vector;
+    /// `a * 2^n` for integers -126 ..= 127; NaN where `a` is.
+    #[inline(always)]
+    fn times_exp2_of_integer(self, a: Self::Vector, n: Self::Vector) -> Self::Vector {
+        self.mul(a, self.exp2_of_integer(n))
+    }
     /// The sum of the lanes, always as the same tree: halves, quarters, ...
     fn sum(self, a: Self::Vector) -> f32;
     /// The greatest lane.

@@ -161,13 +161,17 @@ pub(super) struct Values<E> {
     pub(super) prefetch: Prefetch,
 }
 
-/// The most queries that [`Values`] takes at once.
+/// How many queries [`Values`] takes at once where so many are left.
 #[inline(always)]
-pub(super) fn values_together<S: Simd>() -> usize {
-    if S::WIDE { 4 } else { 3 }
+pub(super) fn values_together<S: Simd>(left: usize) -> usize {
+    match left {
+        8.. if S::WIDE => 8,
+        4.. if S::WIDE => 4,
+        _ => left.min(3),
+    }
 }
 
-/// Some queries that see the same places; at most [`values_together`].
+/// Some queries that see the same places: as many as [`values_together`] says.
 pub(super) struct SumValues<'a, E> {
     pub(super) block: &'a Values<E>,
     pub(super) query: usize,
@@ -180,6 +184,7 @@ impl<E: Float> Kernel for SumValues<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         match self.num_queries {
+            8 if S::WIDE => self.all_vectors::<S, 8>(simd),
             4 if S::WIDE => self.all_vectors::<S, 4>(simd),
             3 => self.all_vectors::<S, 3>(simd),
             2 => self.all_vectors::<S, 2>(simd),
@@ -193,21 +198,22 @@ impl<E: Float> SumValues<'_, E> {
     #[inline(always)]
     fn all_vectors<S: Simd, const N: usize>(self, simd: S) {
         let Self { block, query, prefetch, .. } = self;
+        // A vector of values is widened once for all queries, a weight read once for all vectors.
+        let most = if S::WIDE && N <= 4 { 4 } else { 2 };
         let mut start = 0;
-        let most = if S::WIDE { 4 } else { 2 };
         while start < block.head_dim {
             let (places, prefetch) = (self.places.clone(), prefetch && start == 0);
-            let left = block.head_dim - start;
-            if left >= 4 * LANES && S::WIDE {
-                simd.call(SumVectors::<E, N, 4> { block, query, places, start, prefetch });
-            } else if left >= 2 * LANES && !S::WIDE {
-                simd.call(SumVectors::<E, N, 2> { block, query, places, start, prefetch });
-            } else {
-                simd.call(SumVectors::<E, N, 1> { block, query, places, start, prefetch });
-                start += LANES;
-                continue;
+            let vectors = if block.head_dim - start >= most * LANES { most } else { 1 };
+            match vectors {
+                4 if S::WIDE && N <= 4 => {
+                    simd.call(SumVectors::<E, N, 4> { block, query, places, start, prefetch })
+                }
+                2 if !S::WIDE || N > 4 => {
+                    simd.call(SumVectors::<E, N, 2> { block, query, places, start, prefetch })
+                }
+                _ => simd.call(SumVectors::<E, N, 1> { block, query, places, start, prefetch }),
             }
-            start += most * LANES;
+            start += vectors * LANES;
         }
     }
 }

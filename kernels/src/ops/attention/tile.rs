@@ -407,22 +407,30 @@ impl<T: Float> Kernel for Unit<'_, '_, '_, T> {
         }
         // Pass by pass, because each is a chain of dependent instructions in one query, and free between queries. Loops, not
         // closures, for the same reason as in `Whole`.
-        let num_queries = self.tile.num_queries();
-        for query in 0..num_queries {
-            self.bound(simd, query);
+        let (num_rows, group) = (self.tile.query.rows(), self.tile.group());
+        for row in 0..num_rows {
+            let lanes = self.visible_lanes(row);
+            for query in row * group..(row + 1) * group {
+                self.bound(simd, query, lanes.clone());
+            }
         }
-        for query in 0..num_queries {
+        for query in 0..num_rows * group {
             self.rescale(simd, query);
         }
-        if self.buffers.tiles.is_some() {
-            for query in 0..num_queries {
-                self.weigh_for_tiles(simd, query);
+        let tiled = self.buffers.tiles.is_some();
+        for row in 0..num_rows {
+            let lanes = self.visible_lanes(row);
+            for query in row * group..(row + 1) * group {
+                if tiled {
+                    self.weigh_for_tiles(simd, query, lanes.clone());
+                } else {
+                    self.weigh(simd, query, lanes.clone());
+                }
             }
+        }
+        if tiled {
             simd.call(SumTiles { unit: &mut self });
             return;
-        }
-        for query in 0..num_queries {
-            self.weigh(simd, query);
         }
         for block in self.blocks.clone() {
             self.sum_values(simd, block);
@@ -477,9 +485,9 @@ impl<T: Float> Unit<'_, '_, '_, T> {
         place / tile.block_size * tile.width() * LANES + place % tile.block_size
     }
 
-    /// Lanes of the unit's scores that a query sees, from the first to the last.
-    fn visible_lanes(&self, query: usize) -> Range<usize> {
-        let (size, visible) = (self.tile.block_size, self.tile.visible(query / self.tile.group()));
+    /// Lanes of the unit's scores that a row sees, from the first to the last.
+    fn visible_lanes(&self, row: usize) -> Range<usize> {
+        let (size, visible) = (self.tile.block_size, self.tile.visible(row));
         let (first, end) =
             (visible.start.max(self.blocks.start * size), visible.end.min(self.blocks.end * size));
         if first < end { self.lane(first)..self.lane(end - 1) + 1 } else { 0..0 }
@@ -498,9 +506,8 @@ impl<T: Float> Unit<'_, '_, '_, T> {
 
     /// Finishes scores, takes those that the query does not see out of the softmax, and notes the new maximum.
     #[inline(always)]
-    fn bound<S: Simd>(&mut self, simd: S, query: usize) {
+    fn bound<S: Simd>(&mut self, simd: S, query: usize, lanes: Range<usize>) {
         let tile = self.tile;
-        let lanes = self.visible_lanes(query);
         let vectors = lanes.start / LANES..lanes.end.div_ceil(LANES);
         self.change_scores(simd, query, vectors.clone());
         let scores = self.scores_of(query, 0..vectors.end);
@@ -530,8 +537,7 @@ impl<T: Float> Unit<'_, '_, '_, T> {
 
     /// Scores to weights relative to the maximum.
     #[inline(always)]
-    fn weigh<S: Simd>(&mut self, simd: S, query: usize) {
-        let lanes = self.visible_lanes(query);
+    fn weigh<S: Simd>(&mut self, simd: S, query: usize, lanes: Range<usize>) {
         if lanes.is_empty() {
             return;
         }
@@ -553,8 +559,8 @@ impl<T: Float> Unit<'_, '_, '_, T> {
     /// As [`Unit::weigh`], with weights rounded to bf16, zeros for what the query does not see. The total is that of the weights
     /// before.
     #[inline(always)]
-    fn weigh_for_tiles<S: Simd>(&mut self, simd: S, query: usize) {
-        let (lanes, depth, width) = (self.visible_lanes(query), self.tile.depth(), self.tile.unit_width());
+    fn weigh_for_tiles<S: Simd>(&mut self, simd: S, query: usize, lanes: Range<usize>) {
+        let (depth, width) = (self.tile.depth(), self.tile.unit_width());
         let seen = if lanes.is_empty() { 0..0 } else { lanes.start / LANES..lanes.end.div_ceil(LANES) };
         let max = simd.splat(State::of(self.states, query, depth).max());
         let Buffers { scores, tiles: Some(buffers), .. } = &mut *self.buffers else { return };
@@ -653,7 +659,7 @@ impl<T: Float> Unit<'_, '_, '_, T> {
         let first = rows.start * group;
         let mut query = first;
         while query < rows.end * group {
-            let together = values_together::<S>().min(rows.end * group - query);
+            let together = values_together::<S>(rows.end * group - query);
             let add = |query: usize, num_queries: usize, places: Range<usize>| {
                 if !places.is_empty() {
                     let prefetch = query == first;
