@@ -213,7 +213,6 @@ impl Bench {
                 max_blocks,
                 num_decodes: sequences,
                 max_query_len: 1,
-                max_kv_len: len,
             };
             let params = AttentionParams::new((head_dim as f32).powf(-0.5));
             let what = format!("attention, {sequences} decode rows over {len} tokens, {dtype:?}");

@@ -28,9 +28,6 @@ pub use cache::{KvLayer, write_kv};
 pub use rotary_write_kv::{HeadNorms, RotaryAndPages, rotary_write_kv};
 pub use tables::{BlockTables, NewBlocks};
 
-/// From contexts of so many tokens on, a GPU launches the attention of decode rows in the same way, however long the longest is.
-pub const SAME_LAUNCH_FROM_TOKENS: usize = 8192;
-
 use tile::{Merge, Output, Splits, Tile, Whole};
 
 const OP: &str = "paged_attention";
@@ -57,8 +54,6 @@ pub struct AttentionBatch<'a> {
     pub num_decodes: usize,
     /// The most rows of a sequence.
     pub max_query_len: usize,
-    /// No sequence has more tokens.
-    pub max_kv_len: usize,
 }
 
 impl<'a> AttentionBatch<'a> {
@@ -79,7 +74,6 @@ impl<'a> AttentionBatch<'a> {
             max_blocks,
             num_decodes: rows().take_while(|&rows| rows == 1).count(),
             max_query_len: rows().max().unwrap_or(0),
-            max_kv_len: kv_lens.iter().max().map_or(0, |&len| len as usize),
         }
     }
 }

@@ -392,26 +392,25 @@ fn what_is_outside_of_the_tables_is_not_appended() {
     }
 }
 
-#[test]
-fn a_recorded_launch_serves_all_lengths() {
-    let mut fixture = Fixture::new(35);
-    let shape = Shape { kv_heads: 1, group: 4, head_dim: 128, dtype: DType::BF16, kv_dtype: DType::BF16 };
-    let cached = Cached::new(&mut fixture, shape, &[600, 290, 40]);
-    let query = fixture.values(3, cached.cols(), shape.dtype);
+/// Records one launch for sequences of up to `longest` tokens, and replays it for each of `steps`.
+fn check_recorded(fixture: &mut Fixture, shape: Shape, longest: &[usize], steps: &[Vec<usize>]) {
+    let cached = Cached::new(fixture, shape, longest);
+    let rows = longest.len();
+    let query = fixture.values(rows, cached.cols(), shape.dtype);
     let there = fixture.upload(&query, shape.dtype, LAYOUTS[0]);
-    let mut out = fixture.poisoned(3, cached.cols(), shape.dtype, LAYOUTS[0]);
+    let mut out = fixture.poisoned(rows, cached.cols(), shape.dtype, LAYOUTS[0]);
     let features = Features::default();
-    let params = AttentionParams::new(3.0 * 128_f32.powf(-0.5));
-    let mut staging = Staging::new(&fixture.cuda, &[4, 3, cached.tables.len()]).expect("memory");
+    let params = AttentionParams::new(3.0 * (shape.head_dim as f32).powf(-0.5));
+    let mut staging = Staging::new(&fixture.cuda, &[rows + 1, rows, cached.tables.len()]).expect("memory");
     let mut graph = None;
-    for lens in [[(1, 600), (1, 290), (1, 40)], [(1, 5), (1, 129), (1, 0)], [(1, 599), (1, 1), (1, 33)]] {
+    for step in steps {
+        let lens: Vec<_> = step.iter().map(|&len| (1, len)).collect();
         let arrays = Arrays::new(&cached, &lens, false);
         let on_host = arrays.batch();
         let [query_starts, kv_lens, block_tables] = staging
             .send(&fixture.cuda, [&arrays.query_starts, &arrays.kv_lens, &arrays.tables])
             .expect("the stream works");
-        let max_kv_len = cached.max_blocks * BLOCK_SIZE;
-        let batch = AttentionBatch { query_starts, kv_lens, block_tables, max_kv_len, ..on_host };
+        let batch = AttentionBatch { query_starts, kv_lens, block_tables, ..on_host };
         let mut run = || {
             paged_attention(&fixture.cuda, there.view(), &cached.on_device, &batch, params, out.view_mut())
         };
@@ -420,8 +419,48 @@ fn a_recorded_launch_serves_all_lengths() {
             graph = Some(fixture.cuda.capture(run).expect("it has run before"));
         }
         graph.as_ref().expect("just recorded").launch().expect("the stream works");
-        let expected = on_cpu(&fixture, &cached, &lens, &query, features);
-        fixture.check(&format!("{lens:?}"), &out, &expected, tolerance(shape.dtype));
+        let expected = on_cpu(fixture, &cached, &lens, &query, features);
+        fixture.check(&format!("{shape:?} {step:?}"), &out, &expected, tolerance(shape.dtype));
+    }
+}
+
+#[test]
+fn one_recorded_launch_serves_every_length_of_contexts() {
+    let mut fixture = Fixture::new(35);
+    let steps: [[usize; 4]; 8] = [
+        [1, 1, 1, 1],
+        [3000, 2500, 290, 40],
+        [5, 129, 0, 1],
+        [2999, 1, 33, 7],
+        [0, 2047, 290, 0],
+        [1, 2500, 1, 0],
+        [0, 0, 0, 0],
+        [3000, 2500, 290, 40],
+    ];
+    for (kv_heads, group, kv_dtype) in [(2, 4, DType::BF16), (1, 20, DType::F8E4M3)] {
+        let shape = Shape { kv_heads, group, head_dim: 128, dtype: DType::BF16, kv_dtype };
+        check_recorded(&mut fixture, shape, &[3000, 2500, 290, 40], &steps.map(Vec::from));
+    }
+}
+
+#[test]
+fn one_recorded_launch_serves_more_sequences_than_the_device_has_blocks() {
+    let mut fixture = Fixture::new(40);
+    // More than a warp looks at in one go, too.
+    for (sequences, short, long) in [(300, 70, 500), (1100, 20, 150)] {
+        let mut steps: Vec<Vec<usize>> = (0..3)
+            .map(|_| (0..sequences).map(|_| fixture.random.random_range(0..=short)).collect())
+            .collect();
+        // Far longer than the others: these are split.
+        for (step, sequence) in [(0, 7), (1, sequences - 1), (1, 0)] {
+            steps[step][sequence] = long;
+        }
+        steps.push(vec![1; sequences]);
+        // What only fills the batch up.
+        steps.push((0..sequences).map(|sequence| if sequence < 3 { long } else { 0 }).collect());
+        let longest = vec![long; sequences];
+        let shape = Shape { kv_heads: 1, group: 2, head_dim: 64, dtype: DType::F16, kv_dtype: DType::F16 };
+        check_recorded(&mut fixture, shape, &longest, &steps);
     }
 }
 
@@ -447,7 +486,6 @@ fn arrays_that_point_outside_of_the_memory_are_kept_within_it() {
                 max_blocks: cached.max_blocks,
                 num_decodes: 1,
                 max_query_len: 5,
-                max_kv_len: 40,
             };
             let params = AttentionParams::new(1.0);
             paged_attention(&fixture.cuda, there.view(), &cached.on_device, &batch, params, out.view_mut())
@@ -476,7 +514,6 @@ fn operands_that_do_not_fit_are_refused() {
         max_blocks: cached.max_blocks,
         num_decodes: 2,
         max_query_len: 1,
-        max_kv_len: 40,
     };
     let params = AttentionParams::new(1.0);
     let mut attend =
@@ -500,7 +537,6 @@ fn operands_that_do_not_fit_are_refused() {
         ),
         attend(there.view(), AttentionBatch { num_decodes: 3, ..good }, params),
         attend(there.view(), AttentionBatch { max_query_len: 3, ..good }, params),
-        attend(there.view(), AttentionBatch { max_kv_len: 4000, ..good }, params),
         attend(there.view(), good, AttentionParams { window: Some(0), ..params }),
         attend(there.view(), good, AttentionParams { soft_cap: Some(-1.0), ..params }),
         attend(

@@ -224,7 +224,6 @@ fn products_and_attention(fixture: &mut Fixture) {
             max_blocks: 2,
             num_decodes: usize::from(rows == 1),
             max_query_len: rows,
-            max_kv_len: rows,
         };
         let query = qkv.view().narrow_cols(0, 64);
         paged_attention(cuda, query, &layer, &batch, AttentionParams::new(1.0), out.view_mut())

@@ -100,7 +100,6 @@ impl ForwardInput {
             max_blocks: self.max_blocks,
             num_decodes: row_counts().take_while(|&rows| rows == 1).count(),
             max_query_len: row_counts().max().unwrap_or(0),
-            max_kv_len: self.kv_lens.iter().max().map_or(0, |&len| len as usize),
         };
         let any = self.adapters.iter().any(|&adapter| adapter != NO_ADAPTER);
         Ok(StepInput {

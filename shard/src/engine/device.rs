@@ -211,7 +211,7 @@ impl DeviceState {
         let Self { steps, graphs, .. } = self;
         match form {
             Form::Recorded(shape) => {
-                let step = recorded(step, shape, parts.cache);
+                let step = recorded(step, shape);
                 let record = || context.capture(|| steps.queue(parts, &step));
                 if !replay(graphs.get(shape, Extent::Whole, record))? {
                     steps.queue(parts, &step)?;
@@ -236,7 +236,7 @@ impl DeviceState {
         let mut step = input.send(context, staging)?.with_tables(&self.tables);
         let Self { steps, graphs, .. } = self;
         if let Form::Recorded(shape) = form {
-            step = recorded(step, shape, parts.cache);
+            step = recorded(step, shape);
             let record = || context.capture(|| steps.forward(parts, &step));
             if replay(graphs.get(shape, Extent::Forward, record))? {
                 return Ok(());
@@ -296,8 +296,7 @@ impl DeviceState {
 }
 
 /// A step as it is recorded: whatever depends on the batch alone is that of the shape.
-fn recorded<'a>(mut step: StepInput<'a>, shape: Shape, cache: &KvCache) -> StepInput<'a> {
-    step.batch.max_kv_len = shape.max_blocks * cache.block_size();
+fn recorded(mut step: StepInput<'_>, shape: Shape) -> StepInput<'_> {
     step.adapters.any = shape.adapters == Adapters::Any;
     step
 }

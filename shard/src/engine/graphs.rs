@@ -1,26 +1,19 @@
 //! Recorded decode steps: launching one costs the host as much as launching a single kernel.
 //!
-//! A graph is for a number of rows, to which smaller batches are padded, and for batches with or without adapters: all else, such
-//! as lengths and blocks, is read from device memory. A launch has as many blocks as the longest context of its graph needs, and
-//! those that a step's contexts do not need take time to begin and end; so contexts up to 1024, 2048 and 4096 tokens have graphs
-//! of their own. One is for all longer ones.
+//! A graph is for a number of rows, to which smaller batches are padded, and for batches with or without adapters. All else,
+//! such as lengths and blocks, is read from device memory, so one graph serves every length of contexts, and all are recorded
+//! before the first step.
 
 use std::collections::HashMap;
 
 use kernels::Graph;
-use kernels::ops::attention::SAME_LAUNCH_FROM_TOKENS;
 
 use super::validate::Limits;
-
-/// Of the first graphs: contexts up to 1024 tokens in blocks of 32.
-const LEAST_BLOCKS: usize = 32;
 
 /// What a recorded step is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub(super) rows: usize,
-    /// Of the longest context.
-    pub(super) max_blocks: usize,
     pub(super) adapters: Adapters,
 }
 
@@ -42,14 +35,14 @@ pub(super) enum Extent {
     Forward,
 }
 
+impl Extent {
+    pub(super) const ALL: [Self; 2] = [Self::Whole, Self::Forward];
+}
+
 /// The graphs of one serving.
 pub(super) struct Graphs {
     /// Rows, ascending.
     sizes: Vec<usize>,
-    /// Blocks of the longest sequence.
-    most_blocks: usize,
-    /// From so many blocks on, one graph is for all lengths.
-    same_from_blocks: usize,
     has_adapters: bool,
     /// Or why one could not be recorded.
     recorded: HashMap<(Shape, Extent), kernels::Result<Graph>>,
@@ -63,34 +56,26 @@ impl Graphs {
             sizes.iter().map(|&size| size.min(most_rows)).filter(|&size| size > 0).collect();
         sizes.sort_unstable();
         sizes.dedup();
-        let most_blocks = limits.max_total_tokens.div_ceil(limits.block_size);
-        let same_from_blocks = SAME_LAUNCH_FROM_TOKENS.div_ceil(limits.block_size);
-        let has_adapters = limits.num_adapters > 0;
-        Self { sizes, most_blocks, same_from_blocks, has_adapters, recorded: HashMap::new() }
+        Self { sizes, has_adapters: limits.num_adapters > 0, recorded: HashMap::new() }
     }
 
-    /// The shapes to record before the first step: short contexts, the largest batches first.
-    pub(super) fn first_shapes(&self) -> Vec<Shape> {
-        let max_blocks = self.columns(1);
+    /// All shapes, the largest batches first.
+    pub(super) fn shapes(&self) -> Vec<Shape> {
         let adapters: &[Adapters] =
             if self.has_adapters { &[Adapters::None, Adapters::Any] } else { &[Adapters::None] };
         let sizes = self.sizes.iter().rev();
-        sizes
-            .flat_map(|&rows| adapters.iter().map(move |&adapters| Shape { rows, max_blocks, adapters }))
-            .collect()
+        sizes.flat_map(|&rows| adapters.iter().map(move |&adapters| Shape { rows, adapters })).collect()
+    }
+
+    /// How many graphs there will be.
+    pub(super) fn num_planned(&self) -> usize {
+        self.shapes().len() * Extent::ALL.len()
     }
 
     /// What a batch of decode rows is padded to; none where steps of its size are not recorded.
-    pub(super) fn shape(&self, num_rows: usize, max_blocks: usize, adapters: Adapters) -> Option<Shape> {
+    pub(super) fn shape(&self, num_rows: usize, adapters: Adapters) -> Option<Shape> {
         let rows = *self.sizes.iter().find(|&&size| size >= num_rows)?;
-        Some(Shape { rows, max_blocks: self.columns(max_blocks), adapters })
-    }
-
-    fn columns(&self, max_blocks: usize) -> usize {
-        match max_blocks.next_power_of_two().max(LEAST_BLOCKS) {
-            columns if columns < self.same_from_blocks => columns.min(self.most_blocks),
-            _ => self.most_blocks,
-        }
+        Some(Shape { rows, adapters })
     }
 
     /// The graph of a shape, recorded by `record` when it is asked for the first time.
@@ -102,8 +87,7 @@ impl Graphs {
     ) -> Option<&Graph> {
         let recorded = self.recorded.entry((shape, extent)).or_insert_with(|| {
             record().inspect_err(|error| {
-                let Shape { rows, max_blocks, .. } = shape;
-                tracing::warn!(rows, max_blocks, %error, "a decode step cannot be recorded as a CUDA graph");
+                tracing::warn!(rows = shape.rows, %error, "a decode step cannot be recorded as a CUDA graph");
             })
         });
         recorded.as_ref().ok()
@@ -127,60 +111,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn batches_are_padded_to_the_next_size_and_tables_to_a_power_of_two() {
-        let limits = Limits {
-            max_step_tokens: 512,
-            max_step_sequences: 20,
-            max_total_tokens: 4 * 100,
-            num_adapters: 0,
-            ..LIMITS
-        };
+    fn batches_are_padded_to_the_next_size() {
+        let limits = Limits { max_step_tokens: 512, max_step_sequences: 20, num_adapters: 0, ..LIMITS };
         let graphs = Graphs::new(&[1, 2, 8, 32, 64], &limits);
-        let check = |rows, blocks, expected: (usize, usize)| {
-            let Shape { rows, max_blocks, .. } = graphs.shape(rows, blocks, Adapters::None).expect("a shape");
-            assert_eq!((rows, max_blocks), expected);
+        let check = |rows, expected: usize| {
+            assert_eq!(graphs.shape(rows, Adapters::None).expect("a shape").rows, expected);
         };
-        check(1, 3, (1, 32));
-        check(3, 33, (8, 64));
-        // No sequence has more blocks, and no step more sequences.
-        check(9, 65, (20, 100));
-        assert_eq!(graphs.shape(21, 1, Adapters::None), None);
-        let first: Vec<_> = graphs.first_shapes().iter().map(|shape| shape.rows).collect();
-        assert_eq!(first, [20, 8, 2, 1]);
-    }
-
-    #[test]
-    fn one_graph_is_for_all_long_contexts() {
-        let limits = Limits { max_total_tokens: 1 << 17, block_size: 32, num_adapters: 0, ..LIMITS };
-        let graphs = Graphs::new(&[1], &limits);
-        let columns: Vec<_> = [1, 32, 33, 100, 128, 129, 256, 257, 4096]
-            .map(|blocks| graphs.shape(1, blocks, Adapters::None).expect("a shape").max_blocks)
-            .to_vec();
-        assert_eq!(columns, [32, 32, 64, 128, 128, 4096, 4096, 4096, 4096]);
+        check(1, 1);
+        check(3, 8);
+        // No step has more sequences.
+        check(9, 20);
+        assert_eq!(graphs.shape(21, Adapters::None), None);
+        let shapes: Vec<_> = graphs.shapes().iter().map(|shape| shape.rows).collect();
+        assert_eq!((shapes, graphs.num_planned()), (vec![20, 8, 2, 1], 8));
     }
 
     #[test]
     fn where_there_are_adapters_each_size_is_recorded_with_and_without() {
         let graphs = Graphs::new(&[1, 2], &Limits { num_adapters: 2, ..LIMITS });
-        let first: Vec<_> =
-            graphs.first_shapes().into_iter().map(|shape| (shape.rows, shape.adapters)).collect();
+        let shapes: Vec<_> = graphs.shapes().into_iter().map(|shape| (shape.rows, shape.adapters)).collect();
         let (none, any) = (Adapters::None, Adapters::Any);
-        assert_eq!(first, [(2, none), (2, any), (1, none), (1, any)]);
+        assert_eq!(shapes, [(2, none), (2, any), (1, none), (1, any)]);
     }
 
     #[test]
     fn without_sizes_nothing_is_recorded() {
         let graphs = Graphs::new(&[], &LIMITS);
-        assert_eq!(
-            (graphs.shape(1, 1, Adapters::None), graphs.first_shapes().len(), graphs.len()),
-            (None, 0, 0)
-        );
+        assert_eq!((graphs.shape(1, Adapters::None), graphs.num_planned(), graphs.len()), (None, 0, 0));
     }
 
     #[test]
     fn what_cannot_be_recorded_is_tried_once() {
         let mut graphs = Graphs::new(&[1], &LIMITS);
-        let shape = graphs.shape(1, 1, Adapters::None).unwrap();
+        let shape = graphs.shape(1, Adapters::None).unwrap();
         let mut tries = 0;
         for _ in 0..2 {
             let record = || {

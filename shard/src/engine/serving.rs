@@ -128,16 +128,12 @@ impl Serving {
         }
     }
 
-    /// Records the decode steps of short contexts; others are recorded when they come. Returns how many there are.
+    /// Records the decode steps of all shapes. Returns how many there are.
     pub(super) fn record_graphs(&mut self, rank: &mut RankModel) -> Result<usize, Error> {
         let Some(device) = &mut self.device else { return Ok(0) };
         let mut parts = rank.parts(&mut self.cache);
-        for shape in device.graphs.first_shapes() {
-            let mut input = ForwardInput {
-                query_starts: vec![0],
-                max_blocks: shape.max_blocks,
-                ..ForwardInput::default()
-            };
+        for shape in device.graphs.shapes() {
+            let mut input = ForwardInput { query_starts: vec![0], ..ForwardInput::default() };
             input.pad(shape.rows);
             if shape.adapters == Adapters::Any {
                 input.adapters[0] = 0;
@@ -147,13 +143,14 @@ impl Serving {
                 let readback = device.launch(&mut parts, &input, &mut self.staging, form, 0)?;
                 device.collect(readback, &mut Vec::new())?;
             }
+            device.launch_forward(&mut parts, &input, &mut self.staging, Form::Recorded(shape))?;
         }
         Ok(device.graphs.len())
     }
 
     /// How many [`Self::record_graphs`] will record.
-    pub(super) fn num_first_graphs(&self) -> usize {
-        self.device.as_ref().map_or(0, |device| device.graphs.first_shapes().len())
+    pub(super) fn num_graphs(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.graphs.num_planned())
     }
 
     /// See [`super::Engine::recorded_launches`].
@@ -616,7 +613,7 @@ fn queue(
     let has_adapter = batch.input.adapters.iter().any(|&adapter| adapter != NO_ADAPTER);
     let adapters = if has_adapter { Adapters::Any } else { Adapters::None };
     if batch.is_decode_only()
-        && let Some(shape) = device.graphs.shape(batch.entries.len(), batch.input.max_blocks, adapters)
+        && let Some(shape) = device.graphs.shape(batch.entries.len(), adapters)
     {
         batch.input.pad(shape.rows);
         form = Form::Recorded(shape);

@@ -154,7 +154,7 @@ impl Engine {
         let mut serving = Serving::new(limits, cache, &self.rank, graph_sizes)?;
         serving.try_largest(&mut self.rank)?;
         let memory = self.rank.context.device_memory()?.expect("a GPU has memory");
-        let num_graphs = serving.num_first_graphs();
+        let num_graphs = serving.num_graphs();
         let num_blocks =
             self.cache_needs().num_blocks_on_gpu(request, memory, *memory_fraction, num_graphs)?;
         serving.limits.num_blocks = num_blocks;

@@ -4,7 +4,7 @@ use super::super::operands::{
     matrix, matrix_mut, require, require_device_u32s, require_float, require_on_device,
 };
 use super::{AttentionBatch, AttentionParams, KvLayer, OP};
-use crate::cuda::{Argument, Device, DevicePtr, Grid, Kernels};
+use crate::cuda::{Argument, Device, Grid, Kernels};
 use crate::{DType, Result, Tensor, View, ViewMut};
 
 pub(super) fn paged_attention(
@@ -62,7 +62,7 @@ fn check(
     params: &AttentionParams<'_>,
     out: &ViewMut<'_>,
 ) -> Result<()> {
-    let AttentionBatch { max_blocks, num_decodes, max_query_len, max_kv_len, .. } = *batch;
+    let AttentionBatch { max_blocks, num_decodes, max_query_len, .. } = *batch;
     let (shape, kv_cols) = ((query.rows(), query.cols()), cache.kv_heads * cache.head_dim);
     require_float(OP, query.dtype())?;
     require_on_device(OP, "query", matrix(query), query.dtype(), shape)?;
@@ -95,9 +95,6 @@ fn check(
     if let Some(rows) = batch.table_rows {
         require_device_u32s(OP, "table_rows", rows, num_sequences)?;
     }
-    require(OP, max_kv_len <= max_blocks * cache.block_size, || {
-        format!("max_kv_len {max_kv_len} is more than {max_blocks} blocks of {}", cache.block_size)
-    })?;
     require(OP, num_decodes <= num_sequences.min(query.rows()), || {
         format!("{num_decodes} decodes among {num_sequences} sequences of {} rows", query.rows())
     })?;
@@ -196,20 +193,13 @@ impl Attention<'_> {
         let Shape { kv_heads, group, head_dim } = self.shape;
         let num_sequences = self.batch.num_decodes;
         let tile = DecodeTile::new(head_dim, self.cache.dtype().size_in_bytes());
-        let splits = Splits::plan(
-            num_sequences * kv_heads * group.div_ceil(ROWS),
-            self.batch.max_kv_len,
-            device.properties().num_multiprocessors * tile.blocks_at_once(device.properties().shared_bytes),
-        );
-        let (partials, done) = if splits.needs_memory {
-            let rows = splits.max_blocks * group.min(ROWS);
-            (
-                device.scratch("attention", rows * (head_dim + 2) * size_of::<f32>())?,
-                device.scratch("attention_done", splits.max_blocks * size_of::<u32>())?,
-            )
-        } else {
-            (DevicePtr(0), DevicePtr(0))
-        };
+        let at_once =
+            device.properties().num_multiprocessors * tile.blocks_at_once(device.properties().shared_bytes);
+        let max_kv_len = self.batch.max_blocks * self.cache.block_size;
+        let splits = Splits::new(num_sequences * kv_heads * group.div_ceil(ROWS), max_kv_len, at_once);
+        let item_floats = group.min(ROWS) * head_dim + 2 * ROWS;
+        let partials = device.scratch("attention", splits.max_items * item_floats * size_of::<f32>())?;
+        let counters = device.scratch("attention_done", splits.num_counters * size_of::<u32>())?;
         let [scale, window, soft_cap, slopes, sinks] = self.scale_window_cap_slopes_sinks();
         let [block_tables, max_blocks, table_rows, num_tables] = self.tables();
         let arguments = [
@@ -218,6 +208,7 @@ impl Attention<'_> {
             self.cache.keys.view().into(),
             self.cache.values.view().into(),
             self.batch.kv_lens.into(),
+            (num_sequences as u32).into(),
             block_tables,
             max_blocks,
             table_rows,
@@ -230,20 +221,20 @@ impl Attention<'_> {
             soft_cap,
             slopes,
             sinks,
-            (splits.min_positions as u32).into(),
+            (at_once as u32).into(),
             partials.into(),
-            done.into(),
+            counters.into(),
             self.out.into(),
             (self.out.row_stride as u64).into(),
         ];
         let grid = Grid {
-            blocks: [(kv_heads * group.div_ceil(ROWS)) as u32, splits.num as u32, num_sequences as u32],
+            blocks: [splits.num_blocks as u32, 1, 1],
             threads: (tile.warps * WARP) as u32,
             shared_bytes: tile.shared_bytes() as u32,
         };
         let kernel = device.kernel(kernels.decode, &self.dtypes())?;
-        // SAFETY: the parameters of `attention_decode_*`; shapes and places are checked above, and `Splits::plan` counts the
-        // partial results. Blocks and lengths that the arrays name are kept within the cache by the kernel.
+        // SAFETY: the parameters of `attention_decode_*`; shapes and places are checked above, and `Splits` counts the items
+        // and their counters. Blocks and lengths that the arrays name are kept within the cache by the kernel.
         unsafe { kernel.launch(device, grid, &arguments) }
     }
 
@@ -381,40 +372,33 @@ impl PrefillTile {
     }
 }
 
-/// How many blocks share the positions of a decode row. The kernel divides by the length that it reads, so that the same
-/// launch serves every length: splits that a short sequence does not need end at once.
+/// A launch that decodes. The kernel reads the lengths and cuts them into splits by itself (`Division` there), and its blocks
+/// take one after the other, so this is the same for all lengths.
 #[derive(Debug, PartialEq, Eq)]
 struct Splits {
-    num: usize,
-    /// Of a split that is not the last.
-    min_positions: usize,
-    /// Not less than the blocks of this launch, nor of one with fewer sequences: what memory is for.
-    max_blocks: usize,
-    /// Whether this launch splits, or one with fewer sequences does: the largest step takes the memory of all others.
-    needs_memory: bool,
+    /// As many as the device runs at once, unless less can be split so often.
+    num_blocks: usize,
+    /// Not less than there are splits in this launch, nor in one with fewer sequences: the largest step takes the memory of all
+    /// others.
+    max_items: usize,
+    num_counters: usize,
 }
 
 impl Splits {
-    /// `num_blocks`: without splitting; `at_once`: blocks that the device runs at the same time.
-    fn plan(num_blocks: usize, max_kv_len: usize, at_once: usize) -> Self {
+    /// `num_whole`: items without splitting; `max_kv_len`: what tables have room for.
+    fn new(num_whole: usize, max_kv_len: usize, at_once: usize) -> Self {
         /// As many partial results as the kernel merges.
         const MAX: usize = 64;
-        /// Full turns of the device where blocks are many, so that the last, which leaves some of it idle, weighs little, and
-        /// a sequence that is longer than the others does not end alone.
-        const TURNS: usize = 4;
-        // 128 positions outweigh the merging of a split.
+        /// Numbers of turns that the kernel compares, from the fewest that take all sequences on.
+        const TURNS: usize = 16;
+        /// Of a split that is not the last.
         const LEAST_POSITIONS: usize = 128;
-        let num_blocks = num_blocks.max(1);
-        let (wanted, min_positions) = if 2 * num_blocks <= at_once {
-            // One turn: nothing waits.
-            (at_once / num_blocks, LEAST_POSITIONS)
-        } else {
-            let min_positions = if num_blocks < at_once { 512 } else { 1024 };
-            ((TURNS * at_once).div_ceil(num_blocks).max(TURNS), min_positions)
-        };
-        let num = wanted.min(MAX).min(max_kv_len.div_ceil(min_positions)).max(1);
-        let needs_memory = max_kv_len > LEAST_POSITIONS;
-        Self { num, min_positions, max_blocks: TURNS * (at_once + num_blocks), needs_memory }
+        let most = MAX.min(max_kv_len.div_ceil(LEAST_POSITIONS)).max(1);
+        Self {
+            num_blocks: at_once.min(num_whole * most),
+            max_items: (num_whole + TURNS * at_once).min(num_whole * MAX),
+            num_counters: 1 + num_whole,
+        }
     }
 }
 
@@ -425,46 +409,27 @@ mod tests {
     const AT_ONCE: usize = 264;
 
     #[test]
-    fn few_sequences_fill_the_device_once_and_many_are_split_only_where_long() {
-        let splits = |num_blocks, max_kv_len| Splits::plan(num_blocks, max_kv_len, AT_ONCE).num;
-        assert_eq!(splits(8, 8192), 33);
-        assert_eq!(splits(8, 1000), 8);
-        assert_eq!(splits(512, 8192), 4);
-        assert_eq!(splits(512, 1000), 1);
-        assert_eq!(splits(2048, 1 << 17), 4);
-        assert_eq!(splits(1, 1 << 17), 64);
-        assert_eq!(splits(8, 0), 1);
-    }
-
-    #[test]
-    fn long_contexts_are_split_as_longer_ones() {
-        for num_blocks in 1..5000 {
-            let plan = |max_kv_len| Splits::plan(num_blocks, max_kv_len, AT_ONCE);
-            assert_eq!(plan(super::super::SAME_LAUNCH_FROM_TOKENS), plan(1 << 20), "{num_blocks}");
-        }
+    fn a_launch_has_the_blocks_that_run_at_once_or_fewer_where_less_can_be_split() {
+        let num_blocks = |num_whole, max_kv_len| Splits::new(num_whole, max_kv_len, AT_ONCE).num_blocks;
+        assert_eq!(num_blocks(8, 1 << 17), AT_ONCE);
+        assert_eq!(num_blocks(2048, 1 << 17), AT_ONCE);
+        assert_eq!(num_blocks(2048, 32), AT_ONCE);
+        assert_eq!(num_blocks(1, 1 << 17), 64);
+        assert_eq!(num_blocks(8, 1000), 64);
+        assert_eq!(num_blocks(3, 0), 3);
+        assert_eq!(num_blocks(0, 1 << 17), 0);
     }
 
     #[test]
     fn memory_for_the_most_sequences_is_enough_for_fewer() {
-        for max_kv_len in [1, 1000, 10_000, 1 << 17] {
-            let most = (1..5000).map(|num_blocks| {
-                let splits = Splits::plan(num_blocks, max_kv_len, AT_ONCE);
-                (num_blocks * splits.num, splits, splits_any(num_blocks, max_kv_len))
-            });
-            let mut needed = 0;
-            for (blocks, splits, any) in most {
-                needed = blocks.max(needed);
-                assert!(needed <= splits.max_blocks, "{needed} blocks in memory for {}", splits.max_blocks);
-                assert!(splits.needs_memory || !any, "{splits:?} leaves smaller steps without memory");
-            }
+        let all: Vec<_> = (0..5000).map(|num_whole| Splits::new(num_whole, 1 << 17, AT_ONCE)).collect();
+        for pair in all.windows(2) {
+            let [fewer, more] = pair else { unreachable!("pairs") };
+            assert!(fewer.max_items <= more.max_items && fewer.num_counters < more.num_counters, "{pair:?}");
         }
-    }
-
-    /// Whether a launch of so many blocks or fewer splits.
-    fn splits_any(num_blocks: usize, max_kv_len: usize) -> bool {
-        [1, num_blocks.div_ceil(2), num_blocks]
-            .iter()
-            .any(|&blocks| Splits::plan(blocks, max_kv_len, AT_ONCE).num > 1)
+        // Of the heads of Llama-3.1-8B, for 256 sequences.
+        let bytes = all[8 * 256].max_items * (4 * 128 + 2 * ROWS) * size_of::<f32>();
+        assert!(bytes < 14 << 20, "{bytes}");
     }
 
     #[test]
