@@ -175,7 +175,7 @@ impl Bench {
         })
     }
 
-    /// 32 sequences of 8k tokens, heads of Llama-3.1-8B.
+    /// 32 sequences of 8k tokens, and of all lengths up to that; heads of Llama-3.1-8B.
     fn decode(&mut self) -> Result<()> {
         let (sequences, len, kv_heads, group, head_dim) =
             if self.small { (2, 64, 1, 2, 64) } else { (32, 8192, 8, 4, 128) };
@@ -193,6 +193,8 @@ impl Bench {
         let slots = self.words(&(0..sequences).map(last).collect::<Vec<_>>(), 1)?;
         let starts = self.words(&(0..=sequences as u32).collect::<Vec<_>>(), 1)?;
         let lens = self.words(&vec![len as u32; sequences], 1)?;
+        let unequal: Vec<_> = (1..=sequences).map(|sequence| (sequence * len / sequences) as u32).collect();
+        let unequal_lens = self.words(&unequal, 1)?;
         let tables = self.words(&tables, 1)?;
         for dtype in [DTYPE, DType::F8E4M3] {
             let mut layer = KvLayer::new(&self.context, num_blocks, kv_heads, block_size, head_dim, dtype)?;
@@ -218,6 +220,13 @@ impl Bench {
             let what = format!("attention, {sequences} decode rows over {len} tokens, {dtype:?}");
             let queries: View<'_> = qkv.view().narrow_cols(0, group * kv_heads * head_dim);
             self.report(&what, layer.size_in_bytes(), |context| {
+                paged_attention(context, queries, &layer, &batch, params, out.view_mut())
+            })?;
+            let batch = AttentionBatch { kv_lens: unequal_lens.view(), ..batch };
+            let what =
+                format!("attention, {sequences} decode rows over {} .. {len} tokens, {dtype:?}", unequal[0]);
+            let moved = layer.size_in_bytes() * (sequences + 1) / (2 * sequences);
+            self.report(&what, moved, |context| {
                 paged_attention(context, queries, &layer, &batch, params, out.view_mut())
             })?;
         }
