@@ -206,10 +206,10 @@ impl<E: Float> SumValues<'_, E> {
             let vectors = if block.head_dim - start >= most * LANES { most } else { 1 };
             match vectors {
                 4 if S::WIDE && N <= 4 => {
-                    simd.call(SumVectors::<E, N, 4> { block, query, places, start, prefetch })
+                    simd.call(SumVectors::<E, N, 4> { block, query, places, start, prefetch });
                 }
                 2 if !S::WIDE || N > 4 => {
-                    simd.call(SumVectors::<E, N, 2> { block, query, places, start, prefetch })
+                    simd.call(SumVectors::<E, N, 2> { block, query, places, start, prefetch });
                 }
                 _ => simd.call(SumVectors::<E, N, 1> { block, query, places, start, prefetch }),
             }
