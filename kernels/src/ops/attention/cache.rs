@@ -132,6 +132,9 @@ pub fn write_kv(
     Ok(())
 }
 
+/// An element of a key on a line of its own, for which memory is waited, takes as long as so many that are copied.
+const SCATTERED: usize = 80;
+
 fn write<T: Float>(context: &Context, keys: View<'_>, values: View<'_>, slots: &[u32], cache: &mut KvLayer) {
     let KvLayer { kv_heads, block_size, head_dim, .. } = *cache;
     let target = Target {
@@ -142,11 +145,10 @@ fn write<T: Float>(context: &Context, keys: View<'_>, values: View<'_>, slots: &
         head_dim,
     };
     let target = &target;
-    // Rows that lie side by side in a block are written as vectors; of one alone each element of the key is on a line of its
-    // own, for which memory is waited.
-    let (rows_per_task, weight) = if slots.len() > LANES { (LANES, 8) } else { (1, 80) };
+    // Rows that lie side by side in a block are written as vectors.
+    let rows_per_task = if slots.len() > LANES { LANES } else { 1 };
     let chunks = slots.len().div_ceil(rows_per_task);
-    context.for_rows(chunks * kv_heads, weight * rows_per_task * head_dim, |task| {
+    context.for_rows(chunks * kv_heads, SCATTERED * rows_per_task * head_dim, |task| {
         let (chunk, head) = (task / kv_heads, task % kv_heads);
         let columns =
             |view: View<'_>| -> *const f32 { view.narrow_cols(head * head_dim, head_dim).ptr.cast() };

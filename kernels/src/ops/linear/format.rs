@@ -64,7 +64,7 @@ impl Format for Widened<i8> {
     }
 }
 
-/// bf16 weights times x in bf16, sums in f32: only where [`Simd::HAS_DOT_BF16`]. As the reference implementations do in
+/// bf16 weights times x in bf16, sums in f32: only where [`Level::has_dot_bf16`](crate::Level::has_dot_bf16). As the reference implementations do in
 /// this type, x is rounded to it.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16Pairs;
